@@ -1,0 +1,156 @@
+"""The one frozen object that describes a training run; recipes make it from flags."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from etfzoo import files
+from etfzoo.backbones import BACKBONES
+from etfzoo.classifier import HEADS, NORMS
+from etfzoo.data.augment import CROPS
+from etfzoo.errors import EtfzooError, unknown
+from etfzoo.layers.etf_classifier import FEATURE_NORMS
+from etfzoo.strategy import STRATEGIES
+
+SCHEDULES = ("cosine", "step", "constant")
+MIXED_PRECISION = ("none", "bfloat16")
+
+# What may differ when a run is resumed: where it runs, not what it computes.
+_RUNTIME = ("data_dir", "strategy", "tpu", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run of `etfzoo.training.train_and_evaluate`.
+
+    Attributes:
+        dataset: see `etfzoo.data.sources.resolve`.
+        data_dir: TFDS data directory; None is TFDS's default.
+        train_split, eval_split: roles (`train`, `fit`, `select`, `test`) or names of splits.
+        init: model handle (see `etfzoo.load`) that is fine-tuned; None trains from scratch.
+        backbone, head, norm, feature_norm, scale: see `etfzoo.build_classifier`; with `init` the
+            backbone and norm are the loaded model's.
+        mean, std: normalisation of a new model, per channel in 0..255; with `init` the model's.
+        image_size: height and width in pixels.
+        crop: share of the shorter side that evaluation keeps.
+        augment, min_area, flip: see `etfzoo.data.augment.Augmentation`.
+        protocol: name of the row in `etfzoo.protocols` that the values came from.
+        epochs: passes over the training split.
+        batch_size: examples a step, over all devices.
+        learning_rate: peak value.
+        schedule: `cosine` (to zero), `step` (times `step_factor` at `step_epochs`) or `constant`.
+        warmup_epochs: linear warm-up from zero, in epochs.
+        momentum, nesterov: of SGD.
+        weight_decay: L2 coefficient, added to the gradient BEFORE momentum, on kernels only.
+        label_smoothing: share of the target spread over all classes.
+        mixed_precision: `none` or `bfloat16`.
+        seed: of initialisation, order, augmentation and the ETF.
+        deterministic: whether TensorFlow's ops must repeat bit for bit.
+        strategy, tpu: see `etfzoo.strategy.get_strategy`.
+        checkpoint_every: steps between checkpoints inside an epoch (each epoch ends with one too).
+        keep_checkpoints: number of latest checkpoints that are kept, beside the best.
+        skip_corrupt: decode every record once before training and leave out the broken ones.
+    """
+
+    dataset: str
+    data_dir: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    init: str | None = None
+    backbone: str = "rn50"
+    head: str = "etf"
+    norm: str = "bn"
+    feature_norm: str = "none"
+    scale: float | None = None
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    image_size: int = 224
+    crop: float = 0.875
+    augment: str = "resized_crop"
+    min_area: float = 0.08
+    flip: bool = True
+    protocol: str = "paper"
+    epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 0.01
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    step_epochs: tuple[int, ...] = (30, 60, 90)
+    step_factor: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 2e-4
+    label_smoothing: float = 0.0
+    mixed_precision: str = "none"
+    seed: int = 0
+    deterministic: bool = True
+    strategy: str = "auto"
+    tpu: str | None = None
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    skip_corrupt: bool = False
+
+    def __post_init__(self):
+        for name in ("mean", "std", "step_epochs"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in (
+            ("backbone", BACKBONES),
+            ("head", HEADS),
+            ("norm", NORMS),
+            ("feature_norm", FEATURE_NORMS),
+            ("strategy", STRATEGIES),
+            ("schedule", SCHEDULES),
+            ("augment", CROPS),
+            ("mixed_precision", MIXED_PRECISION),
+        ):
+            if getattr(self, name) not in choices:
+                raise unknown(name, getattr(self, name), choices)
+        for name, low, high in (
+            ("image_size", 1, 8192),
+            ("epochs", 1, math.inf),
+            ("batch_size", 1, math.inf),
+            ("checkpoint_every", 1, math.inf),
+            ("keep_checkpoints", 1, math.inf),
+            ("crop", 0.01, 1),
+            ("min_area", 1e-6, 1),
+            ("learning_rate", 0, math.inf),
+            ("step_factor", 0, 1),
+            ("warmup_epochs", 0, self.epochs),
+            ("momentum", 0, 0.999999),
+            ("weight_decay", 0, math.inf),
+            ("label_smoothing", 0, 0.999999),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise EtfzooError(f"{name} must be a number; got {value!r}")
+            if not (low <= value <= high and math.isfinite(value)):
+                limit = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
+                raise EtfzooError(f"{name} must be {limit}; got {value}")
+
+    def save(self, path: Path) -> None:
+        """Writes the complete configuration as JSON, atomically."""
+        files.write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path) -> "TrainConfig":
+        """Reads what `save` wrote.
+
+        Raises:
+            EtfzooError: no such file, not JSON, or fields that this version does not know.
+        """
+        values = files.read_json(path)
+        known = {f.name for f in dataclasses.fields(cls)}
+        extra = sorted(set(values) - known) if isinstance(values, dict) else ["not an object"]
+        if extra or "dataset" not in values:
+            raise EtfzooError(f"{path} is no training configuration (unknown: {', '.join(extra)})")
+        return cls(**values)
+
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """Readable list of the settings that make another result."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return [
+            f"{name} {mine[name]} there, {theirs[name]} here"
+            for name in mine
+            if mine[name] != theirs[name] and name not in _RUNTIME
+        ]

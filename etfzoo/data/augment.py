@@ -1,0 +1,137 @@
+"""Decoding and augmentation as pure TensorFlow functions: the same inputs give the same pixels.
+
+Every random draw takes a stateless key, so that an image depends on its key alone and neither on
+the order nor on the number of threads.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from etfzoo.errors import EtfzooError, unknown
+
+CROPS = ("resized_crop", "shift", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is drawn at random for a training image.
+
+    Attributes:
+        crop: `"resized_crop"` (a random window, resized: Szegedy et al. 2015), `"shift"` (the
+            whole image resized, then moved by up to an eighth of its side over black: the usual
+            CIFAR augmentation) or `"none"` (the evaluation crop).
+        min_area: smallest share of the image in a resized crop.
+        flip: whether half of the images are mirrored left to right.
+    """
+
+    crop: str = "resized_crop"
+    min_area: float = 0.08
+    flip: bool = True
+
+    def __post_init__(self):
+        if self.crop not in CROPS:
+            raise unknown("augmentation", self.crop, CROPS)
+        if not 0 < self.min_area <= 1:
+            raise EtfzooError(f"min_area must be in (0, 1]; got {self.min_area}")
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """An encoded JPEG, PNG, BMP or GIF string as uint8 RGB `[H, W, 3]`."""
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def _decode_window(encoded, is_jpeg, top, left, height, width):
+    """The given window as uint8; a JPEG's other rows and columns are not decoded."""
+    window = tf.stack([top, left, height, width])
+    return tf.cond(
+        is_jpeg,
+        lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=3),
+        lambda: tf.slice(decode(encoded), [top, left, 0], [height, width, 3]),
+    )
+
+
+def _shape(encoded, is_jpeg):
+    return tf.cond(
+        is_jpeg,
+        lambda: tf.image.extract_jpeg_shape(encoded),
+        lambda: tf.shape(decode(encoded)),
+    )
+
+
+def _resize(image, height, width):
+    image = tf.image.resize(image, [height, width], method="bilinear", antialias=True)
+    return tf.round(tf.ensure_shape(image, [height, width, 3]))
+
+
+def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
+    """The deterministic image of evaluation and serving.
+
+    The largest centred window of the target's aspect, shrunk by `crop`, is resized with an
+    antialiased bilinear filter. It is what resizing first and cropping then shows, to less than a
+    pixel, at a cost that very long images cannot blow up.
+
+    Args:
+        encoded: scalar string.
+        height, width: target size in pixels.
+        crop: share of the shorter side that is kept, e.g. 0.875.
+
+    Returns:
+        float32 `[height, width, 3]`, whole numbers in 0..255.
+    """
+    is_jpeg = tf.io.is_jpeg(encoded)
+    shape = tf.cast(_shape(encoded, is_jpeg)[:2], tf.float32)
+    scale = crop * tf.minimum(shape[0] / height, shape[1] / width)
+    size = tf.clip_by_value(tf.round(scale * [float(height), float(width)]), 1.0, shape)
+    offset = tf.cast((shape - size) / 2, tf.int32)
+    size = tf.cast(size, tf.int32)
+    image = _decode_window(encoded, is_jpeg, offset[0], offset[1], size[0], size[1])
+    return _resize(image, height, width)
+
+
+def training_image(
+    encoded: tf.Tensor,
+    key: tf.Tensor,
+    height: int,
+    width: int,
+    augmentation: Augmentation,
+    crop: float,
+) -> tf.Tensor:
+    """A randomly augmented training image.
+
+    Args:
+        encoded: scalar string.
+        key: int `[2]`, the stateless seed of this image in this epoch.
+        height, width: target size in pixels.
+        augmentation: what is drawn.
+        crop: evaluation crop, where `augmentation.crop` is `"none"`.
+
+    Returns:
+        float32 `[height, width, 3]`, whole numbers in 0..255.
+    """
+    crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
+    if augmentation.crop == "resized_crop":
+        is_jpeg = tf.io.is_jpeg(encoded)
+        begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+            _shape(encoded, is_jpeg),
+            bounding_boxes=tf.zeros([1, 0, 4]),
+            seed=crop_key,
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(augmentation.min_area, 1.0),
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        image = _decode_window(encoded, is_jpeg, begin[0], begin[1], size[0], size[1])
+        image = _resize(image, height, width)
+    elif augmentation.crop == "shift":
+        image = evaluation_image(encoded, height, width, crop=1.0)
+        pad_h, pad_w = height // 8, width // 8
+        image = tf.pad(image, [[pad_h, pad_h], [pad_w, pad_w], [0, 0]])
+        image = tf.image.stateless_random_crop(image, [height, width, 3], seed=crop_key)
+    else:
+        image = evaluation_image(encoded, height, width, crop)
+    if augmentation.flip:
+        image = tf.image.stateless_random_flip_left_right(image, seed=flip_key)
+    return image

@@ -1,0 +1,150 @@
+"""From a source's records to batches of uint8 images.
+
+What an image looks like is a function of (seed, epoch, example): resuming at a step shows exactly
+what the uninterrupted run would have shown. Records that were seen already are skipped encoded.
+"""
+
+import contextlib
+
+import numpy as np
+import tensorflow as tf
+
+from etfzoo.data import augment
+from etfzoo.data.augment import Augmentation
+from etfzoo.data.sources import Source
+from etfzoo.errors import EtfzooError
+
+
+class Pipeline:
+    """Batches of one data set at one image size.
+
+    Args:
+        source: where the records come from.
+        height, width: image size in pixels.
+        crop: share of the shorter side that evaluation keeps.
+        batch_size: examples a batch, over all devices.
+        augmentation: what training draws at random.
+        seed: seed of order and augmentation.
+        corrupt: keys of records that are left out (see find_corrupt).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        height: int,
+        width: int,
+        crop: float,
+        batch_size: int,
+        augmentation: Augmentation,
+        seed: int,
+        corrupt: tuple[int, ...] = (),
+    ):
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.corrupt = corrupt
+        # Traced once here, so that making an epoch's data set costs milliseconds.
+        self._train = tf.function(
+            lambda encoded, key: augment.training_image(
+                encoded, key, height, width, augmentation, crop
+            ),
+            input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int32)],
+        )
+        self._evaluate = tf.function(
+            lambda encoded: augment.evaluation_image(encoded, height, width, crop),
+            input_signature=[tf.TensorSpec([], tf.string)],
+        )
+
+    def size(self, split: str) -> int:
+        """Number of examples of a split or role that training or evaluation will see."""
+        if not self.corrupt:
+            return self.source.size(split)
+        return sum(1 for _ in self._records(split))
+
+    def training(self, split: str, epoch: int, start_step: int = 0) -> tf.data.Dataset:
+        """One epoch of `(images uint8 [B, H, W, 3], labels int32 [B])`; a rest is dropped.
+
+        Args:
+            split: split or role.
+            epoch: number of the epoch, from 0; every epoch has its own order and draws.
+            start_step: batches at the start that are skipped.
+        """
+        order, draws = self._epoch_seeds(epoch)
+        records = self._records(split, order).skip(start_step * self.batch_size)
+
+        def example(record):
+            key = tf.stack([tf.constant(draws, tf.int32), tf.cast(record["key"], tf.int32)])
+            return tf.cast(self._train(record["image"], key), tf.uint8), record["label"]
+
+        return self._batch(records.map(example, tf.data.AUTOTUNE), drop_remainder=True)
+
+    def evaluation(self, split: str) -> tf.data.Dataset:
+        """All examples of a split or role, in file order; the last batch may be smaller."""
+
+        def example(record):
+            return tf.cast(self._evaluate(record["image"]), tf.uint8), record["label"]
+
+        return self._batch(self._records(split).map(example, tf.data.AUTOTUNE), False)
+
+    @contextlib.contextmanager
+    def naming_corrupt_records(self, split: str, epoch: int | None = None, start_step: int = 0):
+        """Turns a decoding error into one that names the record.
+
+        Args:
+            split, epoch, start_step: what is being read; an epoch of None is evaluation.
+
+        Raises:
+            EtfzooError: naming the first record that cannot be decoded.
+        """
+        try:
+            yield
+        except tf.errors.InvalidArgumentError as error:
+            order = None if epoch is None else self._epoch_seeds(epoch)[0]
+            for record in self._records(split, order).skip(start_step * self.batch_size):
+                if not _decodes(record["image"]):
+                    raise EtfzooError(
+                        f"{record['record'].numpy().decode()} ({split} split of "
+                        f"{self.source.name}) is not a readable image; replace it, or train with "
+                        "--skip_corrupt to leave such images out"
+                    ) from error
+            raise
+
+    def _epoch_seeds(self, epoch):
+        """Seeds of the epoch's order and of its draws."""
+        state = np.random.SeedSequence([self.seed, epoch]).generate_state(2)
+        return tuple(int(s) & 0x7FFFFFFF for s in state)
+
+    def _records(self, split, shuffle_seed=None):
+        records = self.source.records(split, shuffle_seed)
+        if self.corrupt:
+            corrupt = tf.constant(self.corrupt, tf.int64)
+            records = records.filter(lambda r: tf.reduce_all(r["key"] != corrupt))
+        return records
+
+    def _batch(self, examples, drop_remainder):
+        options = tf.data.Options()
+        options.deterministic = True
+        batches = examples.batch(self.batch_size, drop_remainder=drop_remainder)
+        return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def find_corrupt(source: Source, splits) -> dict[int, str]:
+    """Decodes every record of some splits once.
+
+    Returns:
+        key -> name of the records that cannot be decoded.
+    """
+    corrupt = {}
+    for split in splits:
+        for record in source.records(split):
+            if not _decodes(record["image"]):
+                corrupt[int(record["key"])] = record["record"].numpy().decode()
+    return corrupt
+
+
+def _decodes(encoded) -> bool:
+    try:
+        augment.decode(encoded)
+    except tf.errors.InvalidArgumentError:
+        return False
+    return True

@@ -1,0 +1,390 @@
+"""Where encoded images come from: TFDS data sets and folders of images.
+
+A source knows its classes and splits, and yields records `{image, label, key, record}`: the
+encoded bytes, the class number, a number that identifies the example for ever (the seed of its
+augmentation) and its readable name (for error messages).
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from etfzoo.data.datasets import DATASETS, EMBEDDED, Dataset
+from etfzoo.errors import EtfzooError, unknown
+
+# Splits up to this size are kept in memory, encoded; of larger ones as much is shuffled at a time.
+_MEMORY_BYTES = 1 << 30
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+_KEYS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A resolved data set.
+
+    Attributes:
+        name: as the user wrote it.
+        row: splits, statistics and conventions; for a data set that has no row of its own they
+            are derived from the splits that it has.
+        class_names: label names by class number.
+    """
+
+    name: str
+    row: Dataset
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def split(self, role: str) -> str:
+        """The split that plays a role (`train`, `fit`, `select`, `test`); else the name itself."""
+        return getattr(self.row, role) if role in ("train", "fit", "select", "test") else role
+
+    def size(self, split: str) -> int:
+        """Number of examples in a split or role.
+
+        Raises:
+            EtfzooError: no such split.
+        """
+        raise NotImplementedError
+
+    def records(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """Encoded records of a split or role, in file order or in the order of a seed."""
+        raise NotImplementedError
+
+
+def resolve(name: str, data_dir: str | None = None) -> Source:
+    """Finds a data set by name.
+
+    Args:
+        name: a row of `etfzoo.data.datasets.DATASETS`, any other TFDS name or folder of a prepared
+            TFDS data set under `data_dir`, a path to one, or `folder:PATH`: one subfolder of
+            images a class, optionally below `train`, `val` and `test`.
+        data_dir: TFDS data directory; None is TFDS's own default.
+
+    Raises:
+        EtfzooError: not found, not prepared, empty, or not an image classification data set.
+    """
+    if name.startswith("folder:"):
+        return _folder_source(name)
+    return _tfds_source(name, data_dir)
+
+
+# ---------------------------------------------------------------------------------------- TFDS
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsSource(Source):
+    builder: object
+    image_key: str
+    label_key: str
+    memory: dict = dataclasses.field(default_factory=dict)
+
+    def size(self, split):
+        return self._info(split).num_examples
+
+    def _info(self, split):
+        split = self.split(split)
+        try:
+            return self.builder.info.splits[split]
+        except (KeyError, ValueError, AssertionError) as error:
+            known = ", ".join(self.builder.info.splits)
+            raise EtfzooError(
+                f"data set {self.name} has no split {split!r}; it has: {known}"
+            ) from error
+
+    def records(self, split, shuffle_seed=None):
+        if self._bytes(split) > _MEMORY_BYTES:
+            return self._stream(split, shuffle_seed)
+        if split not in self.memory:
+            self.memory[split] = _in_memory(self._stream(split, None))
+        return _ordered(self.memory[split], shuffle_seed)
+
+    def _stream(self, split, shuffle_seed):
+        import tensorflow_datasets as tfds
+
+        info = self._info(split)
+        shuffle = shuffle_seed is not None
+        options = tf.data.Options()
+        options.deterministic = True
+        dataset = self.builder.as_dataset(
+            split=self.split(split),
+            shuffle_files=shuffle,
+            decoders={self.image_key: tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(
+                options=options,
+                shuffle_seed=shuffle_seed,
+                # One file after the other is what makes file order an order.
+                interleave_cycle_length=16 if shuffle else 1,
+                try_autocache=False,
+                add_tfds_id=True,
+                skip_prefetch=True,
+            ),
+        )
+
+        def record(example):
+            return {
+                "image": example[self.image_key],
+                "label": tf.cast(example[self.label_key], tf.int32),
+                "key": tf.strings.to_hash_bucket_fast(example["tfds_id"], _KEYS),
+                "record": example["tfds_id"],
+            }
+
+        dataset = dataset.map(record, num_parallel_calls=2)
+        if shuffle:
+            per_example = max(self._bytes(split) / max(info.num_examples, 1), 1)
+            buffer = max(1, min(info.num_examples, int(_MEMORY_BYTES / per_example)))
+            dataset = dataset.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
+        return dataset
+
+    def _bytes(self, split):
+        names = [n for n in self.builder.info.splits if n in self.split(split)]
+        return sum(self.builder.info.splits[n].num_bytes for n in names)
+
+
+def _in_memory(records: tf.data.Dataset) -> dict:
+    batches = list(records.batch(4096))
+    return {k: tf.concat([b[k] for b in batches], axis=0) for k in batches[0]}
+
+
+def _ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.data.Dataset:
+    """Records from columns in memory, in the given order or in that of a seed."""
+    order = np.arange(len(columns["record"]))
+    if shuffle_seed is not None:
+        order = np.random.RandomState(shuffle_seed).permutation(order)
+    return tf.data.Dataset.from_tensor_slices(order).map(
+        lambda i: {name: tf.gather(column, i) for name, column in columns.items()}
+    )
+
+
+def _tfds_source(name: str, data_dir: str | None) -> Source:
+    # Importing TFDS costs a second; folders do without.
+    import tensorflow_datasets as tfds
+
+    if data_dir is not None and not os.path.isdir(data_dir):
+        raise EtfzooError(f"data directory {data_dir} does not exist; check --data_dir")
+    row = DATASETS.get(name)
+    if name in EMBEDDED:
+        from etfzoo.data import shapes
+
+        shapes.prepare(data_dir, [name])
+    builder = _tfds_builder(tfds, name, row, data_dir)
+    image_key, label_key = _feature_keys(tfds, name, builder)
+    label = builder.info.features[label_key]
+    names = tuple(label.names) if label.num_classes == len(label.names or ()) else ()
+    if not names:
+        names = tuple(str(i) for i in range(label.num_classes))
+    return _TfdsSource(
+        name=name,
+        row=row or _derived_row(name, builder),
+        class_names=names,
+        builder=builder,
+        image_key=image_key,
+        label_key=label_key,
+    )
+
+
+def _tfds_builder(tfds, name, row, data_dir):
+    path = Path(name) if data_dir is None else Path(data_dir) / name
+    try:
+        if (path / "dataset_info.json").is_file():
+            return tfds.builder_from_directory(str(path))
+        builder = tfds.builder(row.tfds if row else name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
+        if row is None:
+            known = set(DATASETS) | _folder_names(data_dir)
+            raise unknown("data set", name, known) from error
+        raise EtfzooError(f"data set {name} cannot be opened: {_first_line(error)}") from error
+    if builder.info.splits:
+        return builder
+    where = f"under {builder.data_dir}"
+    if row is not None and row.manual:
+        raise EtfzooError(f"data set {name} is not prepared {where}. {row.manual}")
+    try:
+        builder.download_and_prepare()
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # TFDS raises whatever its download library raises
+        raise EtfzooError(
+            f"data set {name} is not prepared {where} and could not be downloaded: "
+            f"{_first_line(error)}; connect to the internet or pass --data_dir"
+        ) from error
+    return builder
+
+
+def _folder_names(data_dir):
+    return set(os.listdir(data_dir)) if data_dir else set()
+
+
+def _first_line(error) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _feature_keys(tfds, name, builder):
+    features = builder.info.features
+    images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    for keys, kind, usual in ((images, "image", "image"), (labels, "class label", "label")):
+        if not keys:
+            raise EtfzooError(
+                f"data set {name} has no {kind} feature: it is not for image classification"
+            )
+        keys.sort(key=lambda k, usual=usual: k != usual)
+    return images[0], labels[0]
+
+
+def _derived_row(name, builder) -> Dataset:
+    """Roles for a data set without a row, from the splits that it has."""
+    splits = set(builder.info.splits)
+    if "train" not in splits:
+        raise EtfzooError(f"data set {name} has no train split; it has: {', '.join(splits)}")
+    roles = {}
+    if {"validation", "test"} <= splits:
+        roles = {"fit": "train", "select": "validation", "test": "test"}
+    elif "validation" in splits:
+        roles = {"test": "validation"}
+    elif "test" not in splits:
+        roles = {"train": "train[:80%]", "fit": "train[:70%]", "select": "train[70%:80%]"}
+        roles["test"] = "train[80%:]"
+    if any("[" in s for s in roles.values()) or "fit" not in roles:
+        if builder.info.disable_shuffling:
+            raise EtfzooError(
+                f"data set {name} was written without shuffling, so a slice of its train split is "
+                "no fair held-out set; prepare it with shuffling or with a validation split"
+            )
+    return Dataset(builder.info.full_name, 0, **roles)
+
+
+# -------------------------------------------------------------------------------------- folders
+
+
+@dataclasses.dataclass(frozen=True)
+class _FolderSource(Source):
+    root: Path
+    files: Mapping[str, tuple[tuple[str, int], ...]]
+
+    def _files(self, split):
+        split = self.split(split)
+        if split not in self.files:
+            raise EtfzooError(
+                f"{self.root} has no split {split!r}; it has: {', '.join(self.files)}"
+            )
+        return self.files[split]
+
+    def size(self, split):
+        return len(self._files(split))
+
+    def records(self, split, shuffle_seed=None):
+        files = self._files(split)
+        columns = {
+            "record": tf.constant([path for path, _ in files]),
+            "label": tf.constant([label for _, label in files], tf.int32),
+        }
+        root = str(self.root) + os.sep
+        return _ordered(columns, shuffle_seed).map(
+            lambda r: (
+                r
+                | {
+                    "image": tf.io.read_file(tf.strings.join([root, r["record"]])),
+                    "key": tf.strings.to_hash_bucket_fast(r["record"], _KEYS),
+                }
+            ),
+            num_parallel_calls=2,
+        )
+
+
+def _folder_source(name: str) -> Source:
+    root = Path(name.removeprefix("folder:")).expanduser()
+    if not root.is_dir():
+        raise EtfzooError(f"image folder {root} does not exist")
+    if (root / "train").is_dir():
+        folders = {"train": root / "train"}
+        for split, spellings in (("val", ("val", "validation", "valid")), ("test", ("test",))):
+            found = [root / s for s in spellings if (root / s).is_dir()]
+            if found:
+                folders[split] = found[0]
+        classes = _subfolders(folders["train"])
+        files = {split: _list_images(root, path, classes) for split, path in folders.items()}
+    else:
+        classes = _subfolders(root)
+        files = {"train": _list_images(root, root, classes)}
+    for split, items in files.items():
+        if not items:
+            raise EtfzooError(
+                f"no images in {root} ({split}): expected one subfolder a class with "
+                f"{', '.join(_IMAGE_SUFFIXES)} files"
+            )
+    present = {label for _, label in files["train"]}
+    if len(classes) < 2 or len(present) < len(classes):
+        empty = [c for i, c in enumerate(classes) if i not in present]
+        raise EtfzooError(
+            f"{root} needs at least two class folders, each with training images; found "
+            f"{len(classes)}" + (f", empty: {', '.join(empty[:5])}" if empty else "")
+        )
+    return _FolderSource(
+        name=name,
+        row=Dataset("", len(classes), train="train", fit="fit", select="select", test="test"),
+        class_names=tuple(classes),
+        root=root,
+        files=_complete_splits(files),
+    )
+
+
+def _subfolders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _list_images(root: Path, path: Path, classes) -> tuple[tuple[str, int], ...]:
+    strange = set(_subfolders(path)) - set(classes)
+    if strange:
+        raise EtfzooError(
+            f"{path} has class folders that the training split lacks: "
+            f"{', '.join(sorted(strange)[:5])}"
+        )
+    return tuple(
+        (str(file.relative_to(root)), label)
+        for label, name in enumerate(classes)
+        for file in sorted((path / name).rglob("*"))
+        if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file()
+    )
+
+
+def _complete_splits(files) -> dict:
+    """Adds what is missing: a fixed tenth of each class, chosen by the hash of the file's name.
+
+    The hash keeps an image in its split when others are added, on every machine.
+    """
+    files = dict(files)
+    if "test" not in files:
+        if "val" in files:
+            files["test"] = files.pop("val")
+        else:
+            files["train"], files["test"] = _hold_out(files["train"], 0.2)
+    if "val" in files:
+        files["fit"], files["select"] = files["train"], files["val"]
+    else:
+        files["fit"], files["select"] = _hold_out(files["train"], 0.1)
+    return files
+
+
+def _hold_out(items, share):
+    by_class = {}
+    for path, label in items:
+        by_class.setdefault(label, []).append(path)
+    kept, held = [], []
+    for label, paths in by_class.items():
+        if len(paths) < 2:
+            raise EtfzooError(
+                f"a class with one training image ({paths[0]}) cannot be split; add images"
+            )
+        order = sorted(paths, key=lambda p: hashlib.sha256(p.encode()).digest())
+        count = max(1, round(share * len(order)))
+        held += [(p, label) for p in sorted(order[:count])]
+        kept += [(p, label) for p in sorted(order[count:])]
+    return tuple(kept), tuple(held)

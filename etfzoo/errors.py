@@ -1,0 +1,25 @@
+"""Errors that a user can act on: one line saying what was wrong and what to do."""
+
+import difflib
+
+
+class EtfzooError(ValueError):
+    """Bad input or a broken environment; recipes print the message and exit with code 2."""
+
+
+class TrainingDiverged(EtfzooError):
+    """The loss or a weight is not finite any more; the last good checkpoint is kept."""
+
+
+def unknown(kind: str, name: str, choices) -> EtfzooError:
+    """The error for a name that is not in a table, with close matches.
+
+    Args:
+        kind: what the name stands for, e.g. `"backbone"`.
+        name: what the user wrote.
+        choices: the names that exist.
+    """
+    choices = sorted(choices)
+    close = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
+    return EtfzooError(f"unknown {kind} {name!r}; {hint}")

@@ -1,0 +1,72 @@
+"""Files that are either whole or not there: written under another name, then renamed."""
+
+import contextlib
+import json
+import os
+import uuid
+from pathlib import Path
+
+from etfzoo.errors import EtfzooError
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Opens a temporary binary file beside `path` that takes its place when the block ends well.
+
+    Raises:
+        EtfzooError: the file could not be written (full disk, no permission); `path` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise EtfzooError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    """Writes a text file atomically."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def read_json(path):
+    """Reads a JSON file.
+
+    Raises:
+        EtfzooError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise EtfzooError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise EtfzooError(f"{path} is not valid JSON: {error}") from error
+
+
+def make_directory(path) -> Path:
+    """Creates a directory and its parents.
+
+    Raises:
+        EtfzooError: it cannot be created.
+    """
+    path = Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EtfzooError(f"cannot create directory {path}: {error.strerror or error}") from error
+    return path
+
+
+def remove_temporaries(directory) -> None:
+    """Deletes what a killed process left half-written by `atomic`."""
+    for path in Path(directory).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,0 +1,32 @@
+"""Training losses and the rule of which weights are decayed."""
+
+import keras
+from keras import ops
+
+
+def cross_entropy(labels, logits, label_smoothing: float = 0.0):
+    """Softmax cross-entropy of each example.
+
+    Args:
+        labels: class numbers `[N]`.
+        logits: `[N, K]`.
+        label_smoothing: share of the target that is spread evenly over all K classes (Szegedy et
+            al. 2016, section 7).
+
+    Returns:
+        losses `[N]` in the logits' dtype.
+    """
+    classes = logits.shape[-1]
+    target = ops.one_hot(labels, classes, dtype=logits.dtype)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing / classes
+    return -ops.sum(target * ops.log_softmax(logits, axis=-1), axis=-1)
+
+
+def decayed(variable: keras.Variable) -> bool:
+    """Whether L2 applies: to kernels, not to gamma, beta and biases; a fixed ETF is not trained.
+
+    A rule on names rather than a setting of the optimizer, because Keras's
+    `exclude_from_weight_decay` does not survive saving.
+    """
+    return variable.trainable and variable.path.rsplit("/", 1)[-1] == "kernel"

@@ -1,0 +1,138 @@
+"""Protocols: named sets of hyper-parameters, one row each."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from etfzoo.data.datasets import Dataset
+from etfzoo.errors import unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Hyper-parameters of pretraining and of fine-tuning; fields of TrainConfig.
+
+    Attributes:
+        source: where the values come from.
+        pretrain, finetune: values by field.
+        epochs: pretraining epochs by backbone, where they differ.
+        assumed: what the source leaves open and this row fills in, by task; printed with every
+            run.
+    """
+
+    source: str
+    pretrain: Mapping
+    finetune: Mapping
+    epochs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    assumed: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def settings(self, task: str, backbone: str) -> dict:
+        """Values for `"pretrain"` or `"finetune"` of a backbone."""
+        values = dict(getattr(self, task))
+        if task == "pretrain" and backbone in self.epochs:
+            values["epochs"] = self.epochs[backbone]
+        return values
+
+
+_PAPER = "Tiomoko Ali et al., fixed random classifiers transfer better across domains"
+_PAPER_SGD = {
+    "batch_size": 128,
+    "learning_rate": 0.01,
+    "schedule": "cosine",
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 2e-4,
+}
+_PAPER_ASSUMED = {
+    "pretrain": (
+        "schedule", "warmup_epochs", "nesterov", "image_size", "augment", "min_area", "crop",
+        "label_smoothing", "feature_norm", "scale",
+    ),
+    # The paper gives no fine-tuning setting at all.
+    "finetune": (
+        "epochs", "batch_size", "learning_rate", "schedule", "momentum", "weight_decay",
+        "image_size", "augment", "crop",
+    ),
+}  # fmt: skip
+_LOW_RESOLUTION = {"augment": "shift", "crop": 1.0}
+_CROPS = {"augment": "resized_crop", "crop": 0.875}
+
+PROTOCOLS = {
+    "paper": Protocol(
+        source=_PAPER,
+        pretrain=_PAPER_SGD | _CROPS | {"min_area": 0.08, "epochs": 100},
+        finetune=_PAPER_SGD | _CROPS | {"min_area": 0.25, "epochs": 100},
+        epochs={"rn50": 180, "rn101": 100},
+        assumed=_PAPER_ASSUMED,
+    ),
+    "paper_lowres": Protocol(
+        source=f"{_PAPER}; at 32 or 64 pixels, the size that its target accuracies point to",
+        pretrain=_PAPER_SGD | _LOW_RESOLUTION | {"epochs": 100},
+        finetune=_PAPER_SGD | _LOW_RESOLUTION | {"epochs": 100},
+        epochs={"rn50": 180, "rn101": 100},
+        assumed=_PAPER_ASSUMED,
+    ),
+    "standard": Protocol(
+        source=(
+            "pretraining: Goyal et al. 2017 with a cosine schedule; fine-tuning: Kornblith et al. "
+            "2019 (SGD Nesterov, cosine, rate picked on the selection split)"
+        ),
+        pretrain=_CROPS
+        | {
+            "epochs": 90,
+            "batch_size": 256,
+            "learning_rate": 0.1,
+            "warmup_epochs": 5.0,
+            "weight_decay": 1e-4,
+            "min_area": 0.08,
+        },
+        finetune=_CROPS
+        | {
+            "epochs": 50,
+            "batch_size": 64,
+            "learning_rate": 0.01,
+            "nesterov": True,
+            "weight_decay": 1e-4,
+            "min_area": 0.25,
+        },
+    ),
+    "quickstart": Protocol(
+        source="etfzoo: small images, few epochs, for a laptop",
+        pretrain=_LOW_RESOLUTION
+        | {"epochs": 8, "batch_size": 128, "learning_rate": 0.05, "weight_decay": 0.0},
+        finetune=_LOW_RESOLUTION
+        | {"epochs": 20, "batch_size": 64, "learning_rate": 0.02, "weight_decay": 0.0},
+    ),
+}
+
+
+def get_protocol(name: str) -> Protocol:
+    """The row of that name.
+
+    Raises:
+        EtfzooError: unknown name, with close matches.
+    """
+    if name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name]
+
+
+def settings(name: str, task: str, backbone: str, dataset: Dataset | None) -> dict:
+    """TrainConfig fields of a protocol on a data set.
+
+    Args:
+        name: a row of PROTOCOLS.
+        task: `"pretrain"` or `"finetune"`.
+        backbone: a row of `etfzoo.backbones.BACKBONES`.
+        dataset: the data set's row, None for one without.
+    """
+    values = get_protocol(name).settings(task, backbone)
+    size, mean, std = (dataset or Dataset("", 0)).inputs(name)
+    values |= {"image_size": size, "mean": mean, "std": std, "protocol": name}
+    if dataset is not None:
+        values["flip"] = dataset.flip
+    return values
+
+
+def assumed(name: str, task: str) -> tuple[str, ...]:
+    """Names of the settings that the protocol's source leaves open."""
+    return get_protocol(name).assumed.get(task, ())

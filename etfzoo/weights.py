@@ -1,0 +1,58 @@
+"""Weights as plain NumPy arrays by variable path, and their strict assignment."""
+
+import keras
+import numpy as np
+
+from etfzoo.errors import EtfzooError
+
+
+def as_arrays(variables) -> dict[str, np.ndarray]:
+    """Values of Keras variables by path.
+
+    Raises:
+        EtfzooError: two variables share a path, so that one would overwrite the other.
+    """
+    arrays = {v.path: keras.ops.convert_to_numpy(v.value) for v in variables}
+    if len(arrays) != len(variables):
+        raise EtfzooError("two variables of the model have the same path; give layers unique names")
+    return arrays
+
+
+def assign(variables, arrays, what: str = "weights", skip=lambda path: False) -> None:
+    """Assigns arrays to the variables of the same path; all or none.
+
+    Args:
+        variables: Keras variables.
+        arrays: mapping of path to array.
+        what: what the arrays are, for the error.
+        skip: predicate on paths that are left alone on both sides (a head that is replaced).
+
+    Raises:
+        EtfzooError: naming the variables that are missing, left over or of another shape.
+    """
+    targets = {v.path: v for v in variables if not skip(v.path)}
+    sources = {path: a for path, a in arrays.items() if not skip(path)}
+    problems = []
+    for title, paths in (
+        ("missing", targets.keys() - sources.keys()),
+        ("not in the model", sources.keys() - targets.keys()),
+    ):
+        if paths:
+            problems.append(f"{title}: {_some(paths)}")
+    wrong = [
+        f"{path} {tuple(sources[path].shape)} for {tuple(targets[path].shape)}"
+        for path in targets.keys() & sources.keys()
+        if tuple(sources[path].shape) != tuple(targets[path].shape)
+    ]
+    if wrong:
+        problems.append(f"of another shape: {_some(wrong)}")
+    if problems:
+        raise EtfzooError(f"{what} do not fit the model: {'; '.join(problems)}")
+    for path, variable in targets.items():
+        variable.assign(sources[path])
+
+
+def _some(items, limit=5) -> str:
+    items = sorted(items)
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + rest

@@ -1,0 +1,218 @@
+"""What the recipes share: flags of a training run, readable help, errors in one line."""
+
+import importlib
+import logging
+import os
+import sys
+import tempfile
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, _ROOT)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+try:
+    from absl import app, flags
+
+    import etfzoo
+except ImportError as error:
+    sys.exit(
+        f"error: {error}. Run `make demo` once in {_ROOT}, then start recipes with .venv/bin/python"
+    )
+
+FLAGS = flags.FLAGS
+_GROUPS: dict[str, list[str]] = {}
+
+
+def _define(group, define, name, default, help_text, **kwargs):
+    define(name, default, help_text, **kwargs)
+    _GROUPS.setdefault(group, []).append(name)
+
+
+def string(group, name, default, help_text):
+    """Defines a string flag in a group of the help page."""
+    _define(group, flags.DEFINE_string, name, default, help_text)
+
+
+def numbers(group, name, default, help_text):
+    """Defines a flag that takes one number or several, separated by commas."""
+    _define(group, flags.DEFINE_list, name, default, help_text)
+
+
+def integer(group, name, default, help_text):
+    """Defines a whole-number flag."""
+    _define(group, flags.DEFINE_integer, name, default, help_text)
+
+
+def real(group, name, default, help_text):
+    """Defines a real-number flag."""
+    _define(group, flags.DEFINE_float, name, default, help_text)
+
+
+def boolean(group, name, default, help_text):
+    """Defines a flag that is switched with --name or --noname."""
+    _define(group, flags.DEFINE_bool, name, default, help_text)
+
+
+def data_flags(dataset):
+    """Which images, and where they are."""
+    string(
+        "Data",
+        "dataset",
+        dataset,
+        "imagenet2012, imagenet_resized/64x64, cifar100, cifar10, stl10, svhn_cropped, "
+        "oxford_iiit_pet, oxford_flowers102, dtd, the embedded shapes/source, shapes/textures, "
+        "shapes/outlines and digits; any other TFDS name or prepared TFDS folder; or folder:PATH "
+        "with one subfolder of images a class",
+    )
+    string("Data", "data_dir", None, "TFDS data directory (default: TFDS's own)")
+
+
+def training_flags(protocol):
+    """Flags with the names of TrainConfig's fields; unset ones come from the protocol."""
+    string("Data", "augment", None, "resized_crop, shift or none (default: the protocol's)")
+    real("Data", "min_area", None, "smallest share of the image in a resized crop")
+    boolean("Data", "flip", None, "mirror half of the images (default: the data set's row)")
+    boolean("Data", "skip_corrupt", None, "check every image first and leave out broken ones")
+    integer("Data", "image_size", None, "height and width in pixels (default: the protocol's)")
+    string(
+        "Training",
+        "protocol",
+        protocol,
+        "paper, paper_lowres, standard or quickstart: where unset flags take their values from",
+    )
+    integer("Training", "epochs", None, "passes over the training split")
+    integer("Training", "batch_size", None, "images a step, over all devices")
+    string("Training", "schedule", None, "cosine, step or constant")
+    real("Training", "warmup_epochs", None, "linear warm-up of the learning rate, in epochs")
+    real("Training", "momentum", None, "of SGD")
+    boolean("Training", "nesterov", None, "Nesterov's momentum")
+    real("Training", "label_smoothing", None, "share of the target spread over all classes")
+    integer("Training", "seed", 0, "of weights, order, augmentation and the ETF")
+    string("Machine", "strategy", "auto", "auto, one_device or tpu")
+    string("Machine", "tpu", None, "TPU name or address; local for the one in this machine")
+    string("Machine", "mixed_precision", "none", "none or bfloat16")
+    boolean("Machine", "deterministic", True, "repeat bit for bit (slower on some devices)")
+    integer("Machine", "checkpoint_every", 500, "steps between checkpoints inside an epoch")
+    integer("Machine", "keep_checkpoints", 2, "latest checkpoints that are kept")
+    string("Files", "workdir", None, "directory of this run (default: one below runs/)")
+    string("Files", "config", None, "config.json of an earlier run to repeat; flags override it")
+
+
+def train_config(task, **known):
+    """The TrainConfig that the flags describe.
+
+    Args:
+        task: `"pretrain"` or `"finetune"`: which half of the protocol.
+        **known: fields that are not flags, or whose flag lists several values.
+    """
+    import dataclasses
+
+    from etfzoo import protocols
+    from etfzoo.config import TrainConfig
+    from etfzoo.data.datasets import DATASETS
+
+    given = {
+        f.name: FLAGS[f.name].value
+        for f in dataclasses.fields(TrainConfig)
+        if f.name in FLAGS and not isinstance(FLAGS[f.name].value, list | None)
+    }
+    if FLAGS.config:
+        given = {name: value for name, value in given.items() if FLAGS[name].present}
+        return dataclasses.replace(TrainConfig.load(FLAGS.config), **(given | known))
+    values = given | known
+    row = DATASETS.get(values["dataset"])
+    backbone = values.get("backbone", "rn50")
+    defaults = protocols.settings(values["protocol"], task, backbone, row)
+    return TrainConfig(**(defaults | values))
+
+
+def print_assumed(config, task):
+    """Says which settings the protocol's source leaves open."""
+    from etfzoo import protocols
+
+    assumed = protocols.assumed(config.protocol, task)
+    if assumed:
+        values = ", ".join(f"{name}={getattr(config, name)}" for name in assumed)
+        print(f"assumed (not in the protocol's source): {values}", flush=True)
+
+
+def parse_numbers(name) -> list[float]:
+    """Values of a `numbers` flag.
+
+    Raises:
+        EtfzooError: one of them is not a number.
+    """
+    try:
+        return [float(text) for text in FLAGS[name].value]
+    except ValueError as error:
+        raise etfzoo.EtfzooError(f"--{name} takes numbers separated by commas: {error}") from error
+
+
+def run(main, doc):
+    """Parses the flags and runs a recipe; bad input ends it with one line and exit code 2."""
+
+    def guarded(argv):
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger = logging.getLogger("etfzoo")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        # TFDS and TensorFlow warn about each other's deprecations; no user can act on these.
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        _import_tensorflow()
+        try:
+            main()
+        except etfzoo.EtfzooError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    def parse(argv):
+        if {"--help", "-h", "-help", "--helpshort"} & set(argv):
+            _print_help(doc)
+            sys.exit(0)
+        try:
+            return FLAGS(argv)
+        except flags.Error as error:
+            _fail(f"{error}; --help lists the flags")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _import_tensorflow():
+    # TensorFlow writes notices straight to file descriptor 2 while it loads; hold them back, and
+    # show them only when loading fails.
+    with tempfile.TemporaryFile() as notices:
+        saved = os.dup(2)
+        os.dup2(notices.fileno(), 2)
+        try:
+            importlib.import_module("tensorflow")
+            loaded = True
+        except ImportError:
+            loaded = False
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+        if not loaded:
+            notices.seek(0)
+            sys.stderr.write(notices.read().decode(errors="replace"))
+            importlib.import_module("tensorflow")
+
+
+def _fail(error):
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_help(doc):
+    print(doc.strip())
+    for group, names in _GROUPS.items():
+        print(f"\n{group}:")
+        for name in names:
+            flag = FLAGS[name]
+            default = "" if flag.default is None else f" (default: {flag.default_as_str})"
+            print(f"  --{name}: {flag.help.strip()}{default.replace(chr(39), '')}")

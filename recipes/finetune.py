@@ -1,0 +1,63 @@
+"""Fine-tunes a pretrained model on another data set, or fits a linear probe on its features.
+
+  python recipes/finetune.py --model=runs/my_pretraining --dataset=oxford_flowers102
+  python recipes/finetune.py --model=rn50_etf --dataset=cifar10 --mode=linear_probe
+  python recipes/finetune.py --model=DIR --dataset=dtd --learning_rate=0.003,0.01,0.03
+
+Several learning rates or weight decays (comma separated): each is trained on one part of the
+training data and compared on the other; the best is trained again on all of it. The reported
+figures are those of the last epoch on the test split.
+"""
+
+import os
+
+import cli
+from cli import FLAGS
+
+
+def main():
+    import etfzoo
+    from etfzoo import transfer
+
+    if not (FLAGS.model or FLAGS.config):
+        raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
+    known = {}
+    if FLAGS.model:
+        handle = os.path.abspath(FLAGS.model) if os.path.exists(FLAGS.model) else FLAGS.model
+        spec = etfzoo.load(handle).spec
+        known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}
+        known |= {"mean": spec.mean, "std": spec.std}
+    rates = cli.parse_numbers("learning_rate") if FLAGS.learning_rate else []
+    decays = cli.parse_numbers("weight_decay") if FLAGS.weight_decay else []
+    known |= {"learning_rate": rates[0]} if rates else {}
+    known |= {"weight_decay": decays[0]} if decays else {}
+    config = cli.train_config("finetune", **known)
+    name = os.path.basename(str(config.init).rstrip("/"))
+    workdir = FLAGS.workdir or (
+        f"runs/{name}/{config.dataset.replace(':', '_').replace('/', '_')}_{FLAGS.mode}"
+    )
+    print(f"{FLAGS.mode} of {config.init} on {config.dataset} -> {workdir}", flush=True)
+    if FLAGS.mode == "linear_probe":
+        result = transfer.linear_probe(config, workdir)
+    elif FLAGS.mode == "full":
+        cli.print_assumed(config, "finetune")
+        result = transfer.finetune(config, workdir, rates, decays)
+    else:
+        raise etfzoo.EtfzooError(f"--mode is full or linear_probe; got {FLAGS.mode!r}")
+    print(
+        f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
+        f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images of the "
+        f"{config.eval_split} split\nnext: python recipes/evaluate.py --model={workdir} "
+        f"--dataset={config.dataset}"
+    )
+
+
+if __name__ == "__main__":
+    cli.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    cli.string("Model", "mode", "full", "full or linear_probe")
+    cli.string("Model", "head", "linear", "the new head: linear or etf")
+    cli.data_flags("oxford_flowers102")
+    cli.training_flags("standard")
+    cli.numbers("Training", "learning_rate", None, "one, or several to pick from")
+    cli.numbers("Training", "weight_decay", None, "one, or several to pick from")
+    cli.run(main, __doc__)

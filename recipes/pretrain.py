@@ -1,0 +1,51 @@
+"""Pretrains a KerasCV ResNet with a fixed ETF classifier or with a trainable one.
+
+  python recipes/pretrain.py --head=etf                  # the paper: RN50, ImageNet, 180 epochs
+  python recipes/pretrain.py --head=etf --strategy=tpu   # the same on a TPU
+  python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart
+  python recipes/pretrain.py --dataset=folder:photos --backbone=rn18 --protocol=quickstart
+
+Stop it at any moment and start it again: it goes on at the same step. To expect: see
+recipes/README.md for measured times and accuracies.
+"""
+
+import cli
+from cli import FLAGS
+
+
+def main():
+    import etfzoo
+    from etfzoo import training
+
+    config = cli.train_config("pretrain")
+    workdir = FLAGS.workdir or (
+        f"runs/{config.dataset.replace(':', '_').replace('/', '_')}_{config.image_size}_"
+        f"{config.backbone}_{config.head}_s{config.seed}"
+    )
+    print(
+        f"pretraining {config.backbone} ({config.head} head) on {config.dataset} at "
+        f"{config.image_size} px for {config.epochs} epochs, etfzoo {etfzoo.__version__} -> "
+        f"{workdir}",
+        flush=True,
+    )
+    cli.print_assumed(config, "pretrain")
+    result = training.train_and_evaluate(config, workdir)
+    print(
+        f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
+        f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images\n"
+        f"next: python recipes/finetune.py --model={workdir} --dataset=oxford_flowers102"
+    )
+
+
+if __name__ == "__main__":
+    model = "Model"
+    cli.string(model, "backbone", "rn50", "rn18, rn34, rn50 or rn101")
+    cli.string(model, "head", "etf", "etf (fixed) or linear (trainable)")
+    cli.string(model, "norm", "bn", "normalisation in the backbone: bn")
+    cli.string(model, "feature_norm", "none", "features before the ETF: none, bn, l2 or bn_l2")
+    cli.real(model, "scale", None, "factor on the ETF's logits (default: 1, on l2 features 16)")
+    cli.data_flags("imagenet2012")
+    cli.training_flags("paper")
+    cli.real("Training", "learning_rate", None, "peak learning rate")
+    cli.real("Training", "weight_decay", None, "L2 added to the gradient before momentum")
+    cli.run(main, __doc__)

@@ -1,0 +1,115 @@
+"""Tests of the packaging: version, Bazel targets and the contents of a wheel."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from etfzoo.version import __version__
+
+ROOT = Path(__file__).parents[1]
+
+
+def _copy_of_the_package(target: Path) -> Path:
+    """Copies what a wheel is built from, so that the build leaves nothing in the checkout."""
+    target.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
+    shutil.copytree(
+        ROOT / "etfzoo", target / "etfzoo", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return target
+
+
+def _evaluate_build_file() -> dict[str, list[dict]]:
+    """Calls in BUILD by name of the rule. The file is in the part of Starlark that is Python."""
+    calls = {}
+
+    def record(rule):
+        return lambda *args, **kwargs: calls.setdefault(rule, []).append(kwargs)
+
+    def glob(patterns, allow_empty=False):
+        files = [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)]
+        assert files or allow_empty, patterns
+        return sorted(files)
+
+    rules = ("exports_files", "filegroup", "licenses", "load", "package")
+    rules += ("py_binary", "py_library", "py_test")
+    exec((ROOT / "BUILD").read_text("utf-8"), {r: record(r) for r in rules} | {"glob": glob})
+    return calls
+
+
+def test_setup_py_has_the_version_of_the_package():
+    version = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()[-1]
+    assert version == __version__
+
+
+def test_installed_metadata_has_the_version_of_the_package():
+    try:
+        installed = importlib.metadata.version("etfzoo")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("etfzoo is not installed here")
+    assert installed == __version__
+
+
+def test_build_has_a_binary_for_each_recipe():
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"cli.py", "__init__.py"}
+    binaries = {binary["name"]: binary["srcs"] for binary in _evaluate_build_file()["py_binary"]}
+    assert binaries == {name.removesuffix(".py"): [f"recipes/{name}"] for name in recipes}
+
+
+def test_build_has_a_test_for_each_test_file():
+    tests = {path.name.removesuffix(".py") for path in (ROOT / "tests").glob("*_test.py")}
+    assert {test["name"] for test in _evaluate_build_file()["py_test"]} == tests
+
+
+def test_files_in_build_exist():
+    calls = _evaluate_build_file()
+    targets = [call for rule in calls.values() for call in rule if "name" in call]
+    names = {target["name"] for target in targets}
+    assert len(names) == len(targets), "two targets of one name"
+    for target in targets:
+        for label in target.get("srcs", []) + target.get("deps", []) + target.get("data", []):
+            if label.startswith(":"):
+                assert label[1:] in names, f"{target['name']}: {label}"
+            else:
+                assert (ROOT / label).is_file(), f"{target['name']}: {label}"
+
+
+def test_wheel_has_all_modules_and_the_index(tmp_path):
+    source = _copy_of_the_package(tmp_path / "source")
+    build = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+        + ["--disable-pip-version-check", "--wheel-dir", str(tmp_path), str(source)],
+        env=os.environ | {"PIP_NO_INDEX": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 0, build.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"etfzoo-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        requirements = [
+            line
+            for line in archive.read(metadata).decode().splitlines()
+            if line.startswith("Requires-Dist: tensorflow")
+        ]
+    modules = {str(path.relative_to(source)) for path in (source / "etfzoo").rglob("*.py")}
+    assert packed == modules | {"etfzoo/index.json"}
+    # One of the extras brings TensorFlow, never the package itself.
+    for requirement in requirements:
+        assert "extra ==" in requirement or "tensorflow-datasets" in requirement

@@ -48,7 +48,8 @@ class TrainConfig:
         seed: of initialisation, order, augmentation and the ETF.
         deterministic: whether TensorFlow's ops must repeat bit for bit.
         strategy, tpu: see `etfzoo.strategy.get_strategy`.
-        checkpoint_every: steps between checkpoints inside an epoch (each epoch ends with one too).
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        checkpoint_every: steps between checkpoints; evaluated epochs end with one too.
         keep_checkpoints: number of latest checkpoints that are kept, beside the best.
         skip_corrupt: decode every record once before training and leave out the broken ones.
     """
@@ -87,6 +88,7 @@ class TrainConfig:
     deterministic: bool = True
     strategy: str = "auto"
     tpu: str | None = None
+    eval_every: int = 1
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     skip_corrupt: bool = False
@@ -110,6 +112,7 @@ class TrainConfig:
             ("image_size", 1, 8192),
             ("epochs", 1, math.inf),
             ("batch_size", 1, math.inf),
+            ("eval_every", 1, math.inf),
             ("checkpoint_every", 1, math.inf),
             ("keep_checkpoints", 1, math.inf),
             ("crop", 0.01, 1),

@@ -26,6 +26,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from etfzoo import weights
 from etfzoo.classifier import ClassifierSpec, ImageClassifier, feature_model
 from etfzoo.data import augment
 from etfzoo.errors import EtfzooError
@@ -194,13 +195,25 @@ def read_weights(folder) -> dict[str, np.ndarray]:
             for key in reader.get_variable_to_shape_map()
             if key.startswith(_KEY_PREFIX) and key.endswith(_KEY_SUFFIX)
         }
-    except (tf.errors.OpError, OSError, RuntimeError, ValueError) as e:
+    except (tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError) as e:
         raise EtfzooError(
             f"the weights in {prefix}.* are damaged or incomplete: {first_line(e)}"
         ) from e
 
 
+def _on_one_device(model):
+    """The model, or a copy of one with distributed variables, as TensorFlow cannot save those."""
+    if not any(isinstance(v.value, tf.distribute.DistributedValues) for v in model.variables):
+        return model
+    if tf.distribute.has_strategy():
+        raise EtfzooError("call publish outside of the strategy's scope")
+    copy = ImageClassifier(model.spec, name=model.name)
+    weights.assign(copy.variables, weights.as_arrays(model.variables))
+    return copy
+
+
 def _save(model, folder):
+    model = _on_one_device(model)
     module = tf.Module()
     module.weights = {_escape(v.path): v.value for v in model.variables}
     if len(module.weights) != len(model.variables):
@@ -218,15 +231,24 @@ def _save(model, folder):
 
 
 def _forward(model):
-    """The network as a tf.function of images and `training`, traced for both values."""
+    """The network as a tf.function of images and `training`, traced once for either value."""
     taps = ("features",) if model.spec.head is None else ("features", "logits")
     network = feature_model(model, taps)
     images_spec = tf.TensorSpec([None, *model.spec.input_shape], tf.float32, name="images")
 
-    @tf.function(autograph=False)
-    def forward(images, training=False):
+    def run(images, training):
         outputs = network(tf.cast(images, network.inputs[0].dtype), training=training)
         return {name: tf.cast(y, tf.float32) for name, y in outputs.items()}
+
+    # Saving traces a tf.function again; what it calls is a concrete function and stays as it is.
+    concrete = {
+        training: tf.function(run, autograph=False).get_concrete_function(images_spec, training)
+        for training in (False, True)
+    }
+
+    @tf.function(autograph=False)
+    def forward(images, training=False):
+        return concrete[training](images)
 
     for training in (False, True):
         forward.get_concrete_function(images_spec, training=training)

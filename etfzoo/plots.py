@@ -37,3 +37,49 @@ def confusion_png(path, counts: np.ndarray, class_names) -> None:
     axes.set_title(f"share of each true class, {counts.sum():,} images")
     figure.colorbar(image, ax=axes, shrink=0.7)
     save_png(figure, Path(path))
+
+
+def learning_curves(histories: dict[str, list[dict]]) -> Figure:
+    """Top-1 on the evaluation split against the epoch.
+
+    Args:
+        histories: `"panel: line"` -> rows with `epoch` and `top1`; lines of one panel share axes.
+    """
+    panels = list(dict.fromkeys(name.split(": ")[0] for name in histories))
+    figure = Figure(figsize=(3.4 * len(panels), 3))
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, rows in histories.items():
+            if name.split(": ")[0] == panel:
+                rows = [row for row in rows if "top1" in row]
+                epochs = [row["epoch"] for row in rows]
+                shares = [100 * row["top1"] for row in rows]
+                axes.plot(epochs, shares, marker=".", label=name.split(": ")[1])
+        axes.set_title(panel)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_ylabel("test top-1 (%)")
+    figure.tight_layout()
+    return figure
+
+
+def accuracy_by_domain(domains, lines: dict[str, list[tuple[float, float, float]]]) -> Figure:
+    """Accuracy with its interval for several methods over domains of growing shift.
+
+    Args:
+        domains: names, from the source outwards.
+        lines: method -> one (accuracy, low, high) a domain, as shares of 1.
+    """
+    figure = Figure(figsize=(1.5 + 1.4 * len(domains), 3.4))
+    axes = figure.subplots()
+    for number, (method, values) in enumerate(lines.items()):
+        values = 100 * np.asarray(values)
+        places = np.arange(len(domains)) + 0.12 * (number - (len(lines) - 1) / 2)
+        errors = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
+        axes.errorbar(places, values[:, 0], yerr=errors, fmt="o-", capsize=4, label=method)
+    axes.set_xticks(range(len(domains)), domains)
+    axes.set_ylabel("test top-1 (%), 95 % interval")
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

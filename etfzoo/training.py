@@ -225,41 +225,53 @@ class _Run:
             totals = totals + self.stepper.train(images, labels)
             self.state["step"] += 1
             progress.update(self.state["step"], lambda t=totals: _averages(t))
-            stopping = stop.requested
-            if stopping or self.state["step"] % self.config.checkpoint_every == 0:
+            if stop.requested:
+                self._stop(totals)
+            done = epoch * self.steps + self.state["step"]
+            if done % self.config.checkpoint_every == 0:
                 self._save(totals)
-            if stopping:
-                log.info("stopped by a signal and saved; run the same command to go on")
-                raise Stopped
         self._finish_epoch(totals, progress)
         if stop.requested:
-            raise Stopped
+            self._stop(np.zeros(3))
 
     def _finish_epoch(self, totals, progress):
         train = _averages(totals)
         _check_finite(train["loss"])
-        split = self.config.eval_split
-        with self.pipeline.naming_corrupt_records(split):
-            predictions = evaluation.predict(self.stepper.evaluate, self.pipeline.evaluation(split))
-        metrics = evaluation.summary(predictions, self.model.spec.num_classes)
+        epoch = self.state["epoch"] + 1
         row = {
-            "epoch": self.state["epoch"] + 1,
-            "step": (self.state["epoch"] + 1) * self.steps,
+            "epoch": epoch,
+            "step": epoch * self.steps,
             "learning_rate": float(self.optimizer.learning_rate),
             "train_loss": train["loss"],
             "train_top1": train["top1"],
-            **metrics,
         }
-        progress.finish(train | {"val_top1": metrics["top1"]})
-        best = metrics["top1"] > self.state["best"]
+        evaluated = epoch % self.config.eval_every == 0 or epoch == self.config.epochs
+        if evaluated:
+            row |= self._evaluate()
+            train["val_top1"] = row["top1"]
+        progress.finish(train)
+        best = evaluated and row["top1"] > self.state["best"]
         self.state |= {
-            "epoch": self.state["epoch"] + 1,
+            "epoch": epoch,
             "step": 0,
             "history": [*self.state["history"], row],
-            "best": max(metrics["top1"], self.state["best"]),
+            "best": max(row.get("top1", -1.0), self.state["best"]),
         }
-        self._save(np.zeros(3), best)
+        self.state["totals"] = [0.0, 0.0, 0.0]
+        if evaluated:
+            self._save(np.zeros(3), best)
         self._log(row)
+
+    def _evaluate(self):
+        split = self.config.eval_split
+        with self.pipeline.naming_corrupt_records(split):
+            predictions = evaluation.predict(self.stepper.evaluate, self.pipeline.evaluation(split))
+        return evaluation.summary(predictions, self.model.spec.num_classes)
+
+    def _stop(self, totals):
+        self._save(totals)
+        log.info("stopped by a signal and saved; run the same command to go on")
+        raise Stopped
 
     def _save(self, totals, best=False):
         totals = np.asarray(totals)
@@ -275,7 +287,8 @@ class _Run:
             self.workdir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows)
         )
         table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(row))
+        columns = dict.fromkeys(name for r in rows for name in r)
+        writer = csv.DictWriter(table, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
         files.write_text(self.workdir / "metrics.csv", table.getvalue())

@@ -259,20 +259,15 @@ def _changed(spec, source, num_classes, head, input_shape, dtype):
             raise EtfzooError(f"unknown dtype policy {dtype!r}, e.g. mixed_bfloat16") from None
     if head == AUTO:
         head = spec.head if num_classes is None else "linear"
-    if head is None:
-        if num_classes is not None:
-            raise EtfzooError("head=None gives features and takes no num_classes")
-        fresh = spec.head is not None
-        if fresh:
-            changes |= {"head": None, "num_classes": None, "class_names": None}
-    elif num_classes is not None:
-        fresh = True
-        changes |= {"head": head, "num_classes": num_classes, "class_names": None}
-    else:
-        if spec.num_classes is None:
-            raise EtfzooError(f"{source} has no head: head={head!r} needs num_classes")
-        fresh = head != spec.head
-        changes["head"] = head
+    fresh = num_classes is not None or head != spec.head
+    if head is None and num_classes is not None:
+        raise EtfzooError("head=None gives features and takes no num_classes")
+    if head is not None and num_classes is None and spec.num_classes is None:
+        raise EtfzooError(f"{source} has no head: head={head!r} needs num_classes")
+    if fresh:  # as in replace_head, nothing of the old head is taken over ...
+        changes |= {"head": head, "feature_norm": "none", "scale": None}
+        if head is None or num_classes is not None:  # ... but for the classes, if they stay
+            changes |= {"num_classes": num_classes, "class_names": None}
     return dataclasses.replace(spec, **changes), fresh
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -285,21 +286,35 @@ def test_mixed_precision(tmp_path):
     assert_close(etfzoo.load(version)(pixels()), model(pixels()), 0)
 
 
-def test_versions(model, tmp_path):
+def test_distributed_variables(tmp_path):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        model = make()
+        assert isinstance(model.variables[0].value, tf.distribute.DistributedValues)
+        with pytest.raises(etfzoo.EtfzooError, match="outside of the strategy's scope"):
+            etfzoo.publish(model, tmp_path / "m")
+    assert leftovers(tmp_path) == []
+    version = etfzoo.publish(model, tmp_path / "m")
+    served = tf.saved_model.load(version).signatures["serving_default"]
+    assert_close(served(images=pixels())["logits"], model(pixels()))
+
+
+def test_versions(model, version, tmp_path):
     directory = tmp_path / "deep" / "rn18_etf.x"
-    assert etfzoo.publish(model, directory, version=4) == directory / "4"
+    shutil.copytree(version, directory / "4")
     (directory / "notes").mkdir()
     (directory / "017").mkdir()
     with pytest.raises(etfzoo.EtfzooError, match="/4 already exists; choose another version"):
         etfzoo.publish(model, directory, version=4)
     changed = make(seed=2)
     assert etfzoo.publish(changed, directory) == directory / "5"
-    etfzoo.publish(changed, directory, version=4, overwrite=True)
+    assert etfzoo.publish(changed, directory, version=4, overwrite=True) == directory / "4"
     assert sorted(leftovers(directory)) == ["017", "4", "5", "notes"]
-    np.testing.assert_array_equal(
-        export.read_weights(directory / "4")["conv1_conv/kernel"],
-        changed.get_layer("conv1_conv").kernel.numpy(),
-    )
+    for written in ("4", "5"):
+        np.testing.assert_array_equal(
+            export.read_weights(directory / written)["conv1_conv/kernel"],
+            changed.get_layer("conv1_conv").kernel.numpy(),
+        )
 
 
 @pytest.mark.parametrize("version", [0, -1, "2", 1.0])
@@ -386,6 +401,28 @@ def test_failure_in_the_middle(model, version, tmp_path, monkeypatch, failure, e
     assert directory.exists() == existing
     if existing:
         assert export.read_weights(directory / "1")
+
+
+def test_overwriting_keeps_the_old_version_where_it_fails(tmp_path, monkeypatch):
+    new, old = tmp_path / ".tmp-1-x", tmp_path / "1"
+    for folder in (new, old):
+        folder.mkdir()
+        (folder / "whose").write_text(folder.name)
+    rename = os.rename
+
+    def no_new_one(source, target):
+        if source == new:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(export.os, "rename", no_new_one)
+    with pytest.raises(OSError, match="Input/output error"):
+        export._move_into_place(new, old, overwrite=True)
+    assert (old / "whose").read_text() == "1"
+    monkeypatch.undo()
+    export._move_into_place(new, old, overwrite=True)
+    assert (old / "whose").read_text() == ".tmp-1-x"
+    assert leftovers(tmp_path) == ["1"]
 
 
 def test_two_publishers_of_one_version(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 
 IMAGENET_STATISTICS = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-_HALF = ((127.5, 127.5, 127.5), (64.0, 64.0, 64.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +123,20 @@ DATASETS = {
     ),
     # Embedded: drawn or bundled, see etfzoo.data.shapes.
     **{
-        name: Dataset(f"{name}:1.*.*", classes, fit="train", select="validation", **extra)
-        for name, classes, extra in (
-            ("shapes/source", 0, {"statistics": _HALF}),
-            ("shapes/textures", 0, {"statistics": _HALF}),
-            ("shapes/outlines", 0, {"statistics": _HALF}),
-            ("digits", 10, {"statistics": _HALF, "flip": False}),
+        name: Dataset(
+            f"{name}:1.*.*",
+            classes,
+            fit="train",
+            select="validation",
+            counts=counts,
+            statistics=((127.5, 127.5, 127.5), (64.0, 64.0, 64.0)),
+            flip=name != "digits",
+        )
+        for name, classes, counts in (
+            ("shapes/source", 18, {"train": 2880, "validation": 360, "test": 900}),
+            ("shapes/textures", 10, {"train": 300, "validation": 100, "test": 500}),
+            ("shapes/outlines", 10, {"train": 300, "validation": 100, "test": 500}),
+            ("digits", 10, {"train": 200, "validation": 300, "test": 1297}),
         )
     },
 }

@@ -94,7 +94,8 @@ class Pipeline:
             split, epoch, start_step: what is being read; an epoch of None is evaluation.
 
         Raises:
-            EtfzooError: naming the first record that cannot be decoded.
+            EtfzooError: naming the first record that cannot be decoded, or the missing or
+                damaged file.
         """
         try:
             yield
@@ -108,6 +109,9 @@ class Pipeline:
                         "--skip_corrupt to leave such images out"
                     ) from error
             raise
+        except (tf.errors.NotFoundError, tf.errors.DataLossError, tf.errors.UnknownError) as error:
+            reason = str(error.message).splitlines()[0]
+            raise EtfzooError(f"data set {self.source.name} cannot be read: {reason}") from error
 
     def _epoch_seeds(self, epoch):
         """Seeds of the epoch's order and of its draws."""

@@ -20,7 +20,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow_datasets as tfds
 
-EMBEDDED = ("shapes/source", "shapes/textures", "shapes/outlines", "digits")
+from etfzoo.data.datasets import EMBEDDED
+
 SPLITS = ("train", "validation", "test")
 IMAGE_SIZE = 32
 

@@ -1,0 +1,163 @@
+"""The training loop in one process: resuming, stopping, diverging, schedules."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from etfzoo import checkpoint, training
+from etfzoo.config import TrainConfig
+from etfzoo.errors import EtfzooError, TrainingDiverged
+
+
+@pytest.fixture(scope="module")
+def config(embedded_dir):
+    return TrainConfig(
+        dataset="digits",
+        data_dir=str(embedded_dir),
+        backbone="rn18",
+        head="etf",
+        image_size=32,
+        crop=1.0,
+        augment="shift",
+        flip=False,
+        epochs=2,
+        batch_size=50,
+        learning_rate=0.02,
+        weight_decay=1e-3,
+        warmup_epochs=0.5,
+        mean=(127.5,) * 3,
+        std=(64.0,) * 3,
+        eval_split="select",
+        checkpoint_every=1,
+        keep_checkpoints=100,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """An uninterrupted run that kept a checkpoint of each of its 8 steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, training.train_and_evaluate(config, workdir)
+
+
+def _final(workdir):
+    return checkpoint.read(checkpoint.CheckpointManager(workdir).paths()[0])
+
+
+def _assert_same_end(a, b):
+    (arrays_a, state_a), (arrays_b, state_b) = _final(a), _final(b)
+    assert state_a == state_b
+    assert arrays_a.keys() == arrays_b.keys()
+    for name in arrays_a:
+        np.testing.assert_array_equal(arrays_a[name], arrays_b[name], name)
+
+
+def test_a_run_leaves_complete_files(finished, config):
+    workdir, result = finished
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[-1] == result
+    assert (workdir / "metrics.csv").read_text().count("\n") == 3
+    assert TrainConfig.load(workdir / "config.json") == config
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert len(checkpoint.CheckpointManager(workdir).paths()) == 8
+    assert result["examples"] == 300 and result["step"] == 8
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
+    workdir, _ = finished
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(workdir / "config.json", tmp_path)
+    name = f"step-{step:010d}.npz"
+    shutil.copy(workdir / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    training.train_and_evaluate(config, tmp_path)
+    _assert_same_end(workdir, tmp_path)
+    assert (tmp_path / "metrics.csv").read_text() == (workdir / "metrics.csv").read_text()
+
+
+def test_a_finished_run_is_not_trained_again(finished, config):
+    workdir, result = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    assert training.train_and_evaluate(config, workdir) == result
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+
+
+def test_a_workdir_of_another_run_is_refused(finished, config):
+    workdir, _ = finished
+    with pytest.raises(EtfzooError, match=r"other settings \(learning_rate 0.02 there, 0.5 here\)"):
+        training.train_and_evaluate(dataclasses.replace(config, learning_rate=0.5), workdir)
+
+
+def test_the_etf_kernel_never_moves(finished, config):
+    from etfzoo.layers.frames import simplex_etf
+
+    arrays, _ = _final(finished[0])
+    expected = simplex_etf(10, 512, config.seed).T.astype("float32")
+    np.testing.assert_array_equal(arrays["model/logits/kernel"], expected)
+    assert not [name for name in arrays if name.startswith("optimizer/") and "logits" in name]
+
+
+def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path):
+    wild = dataclasses.replace(config, learning_rate=1e30, warmup_epochs=0.0)
+    with pytest.raises(TrainingDiverged, match="lower --learning_rate"):
+        training.train_and_evaluate(wild, tmp_path)
+    for path in checkpoint.CheckpointManager(tmp_path).paths():
+        arrays, _ = checkpoint.read(path)
+        assert all(np.isfinite(a).all() for a in arrays.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 201}, "has 200 images, fewer than one batch; pass --batch_size=50"),
+        ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
+        ({"backbone": "rn102"}, "unknown backbone 'rn102'; did you mean rn101"),
+        ({"head": "eft"}, "unknown head 'eft'; did you mean etf"),
+        ({"train_split": "trian"}, "no split 'trian'"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be"),
+        ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
+        ({"init": "rn50_eft"}, "unknown model 'rn50_eft'; did you mean rn50_etf"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(config, tmp_path, change, message):
+    workdir = tmp_path / "new"
+    with pytest.raises(EtfzooError, match=message) as error:
+        training.train_and_evaluate(dataclasses.replace(config, **change), workdir)
+    assert "\n" not in str(error.value)
+    assert not workdir.exists()
+
+
+def test_more_classes_than_the_etf_can_hold(config, tmp_path):
+    photos = tmp_path / "photos"
+    for number in range(514):
+        (photos / f"c{number:03d}").mkdir(parents=True)
+        for copy in range(2):
+            Image.new("RGB", (4, 4)).save(photos / f"c{number:03d}" / f"{copy}.png")
+    with pytest.raises(EtfzooError, match="no simplex ETF of 514 classes exists in 512"):
+        training.train_and_evaluate(
+            dataclasses.replace(config, dataset=f"folder:{photos}"), tmp_path / "run"
+        )
+
+
+def _rates(config, steps):
+    schedule = training.learning_rate_schedule(config, steps)
+    return np.array([float(schedule(i)) for i in range(config.epochs * steps + 1)])
+
+
+def test_schedules_against_closed_forms(config):
+    base = dataclasses.replace(config, learning_rate=0.4, epochs=10, warmup_epochs=2.0)
+    t = np.arange(51)
+    cosine = np.where(t < 10, 0.04 * t, 0.2 * (1 + np.cos(np.pi * (t - 10) / 40)))
+    np.testing.assert_allclose(_rates(base, 5), cosine, atol=1e-6)
+    plain = dataclasses.replace(base, warmup_epochs=0.0)
+    np.testing.assert_allclose(_rates(plain, 5), 0.2 * (1 + np.cos(np.pi * t / 50)), atol=1e-6)
+    step = dataclasses.replace(base, schedule="step", step_epochs=(3, 6, 90))
+    drops = 0.4 * np.where(t < 15, 1, np.where(t < 30, 0.1, 0.01))
+    np.testing.assert_allclose(_rates(step, 5), drops * np.minimum(1, t / 10), atol=1e-6)
+    constant = dataclasses.replace(plain, schedule="constant")
+    np.testing.assert_allclose(_rates(constant, 5), 0.4, atol=1e-7)

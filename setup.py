@@ -42,7 +42,9 @@ setup(
         "numpy",
         "pillow",
         "scikit-learn",
+        "tensorboard",
         "tensorflow-datasets>=4.9.10",
+        "threadpoolctl",
     ],
     extras_require={
         "cpu": [

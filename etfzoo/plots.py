@@ -11,6 +11,7 @@ from etfzoo import files
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 
 def save_png(figure: Figure, path) -> None:
@@ -56,6 +57,7 @@ def learning_curves(histories: dict[str, list[dict]]) -> Figure:
                 axes.plot(epochs, shares, marker=".", label=name.split(": ")[1])
         axes.set_title(panel)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.axes[0].set_ylabel("test top-1 (%)")

@@ -12,6 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 try:
     from absl import app, flags
+    from absl import logging as absl_logging
 
     import etfzoo
 except ImportError as error:
@@ -163,7 +164,7 @@ def run(main, doc):
         logger.propagate = False
         # TFDS and TensorFlow warn about each other's deprecations; no user can act on these.
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        absl_logging.set_verbosity(absl_logging.ERROR)
         _import_tensorflow()
         try:
             main()

@@ -4,6 +4,7 @@ NumPy rather than Keras initialisers, because those draw other numbers on each b
 """
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 
 def haar_frame(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -66,6 +67,9 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
             f"least {num_classes - 1}): take a backbone with wider features, put a non-linear "
             "neck before the classifier, or use a trainable head"
         )
-    rotation = haar_frame(dim, num_classes - 1, seed)
     scale = np.sqrt(num_classes / (num_classes - 1))
-    return scale * helmert_basis(num_classes) @ rotation.T
+    # One thread: the same bits on any number of cores, and OpenBLAS's QR is many times slower
+    # when its threads wait for busy cores.
+    with threadpool_limits(1, "blas"):
+        rotation = haar_frame(dim, num_classes - 1, seed)
+        return scale * helmert_basis(num_classes) @ rotation.T

@@ -1,0 +1,122 @@
+"""Tests of the constant matrices."""
+
+import numpy as np
+import pytest
+
+from etfzoo.layers import frames
+
+SEEDS = 2000
+
+
+def gram_schmidt(matrix):
+    """The QR factor whose R has a positive diagonal, column by column."""
+    columns = []
+    for column in matrix.T:
+        for _ in range(2):
+            for done in columns:
+                column = column - (done @ column) * done
+        columns.append(column / np.sqrt(column @ column))
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize(
+    "classes, dim",
+    [(2, 1), (2, 64), (10, 9), (100, 99), (100, 512), (1000, 999), (1000, 2048)],
+)
+def test_gram_matrix_is_a_simplex(classes, dim):
+    frame = frames.simplex_etf(classes, dim, seed=3)
+    assert frame.shape == (classes, dim) and frame.dtype == np.float64
+    wanted = np.eye(classes) * (classes / (classes - 1)) - 1 / (classes - 1)
+    assert np.abs(frame @ frame.T - wanted).max() < 1e-12
+    cast = frame.astype(np.float32).astype(np.float64)
+    assert np.abs(cast @ cast.T - wanted).max() < 1e-6
+    assert np.abs(frame.sum(0)).max() < 1e-11
+
+
+@pytest.mark.parametrize("classes, dim", [(10, 8), (1000, 512), (3, 1)])
+def test_no_simplex_in_too_few_dimensions(classes, dim):
+    with pytest.raises(ValueError, match=f"{dim} dimensions .* at least {classes - 1}.*neck"):
+        frames.simplex_etf(classes, dim)
+
+
+@pytest.mark.parametrize("classes", [1, 0])
+def test_one_class_is_refused(classes):
+    with pytest.raises(ValueError, match=f"num_classes={classes}.*nothing to tell apart"):
+        frames.simplex_etf(classes, 8)
+
+
+@pytest.mark.parametrize("dim", [1, 7])
+def test_two_classes_are_opposite_unit_vectors(dim):
+    u, v = frames.simplex_etf(2, dim, seed=1)
+    np.testing.assert_allclose(u, -v, atol=1e-15)
+    np.testing.assert_allclose(u @ u, 1, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 500])
+def test_helmert_basis(size):
+    basis = frames.helmert_basis(size)
+    assert basis.shape == (size, size - 1)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(size - 1), atol=1e-12)
+    np.testing.assert_allclose(basis.sum(0), 0, atol=1e-12)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(size) - 1 / size, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows, columns", [(5, 5), (9, 4), (1, 1)])
+def test_haar_frame_is_the_orthonormalised_gaussian_draw(rows, columns):
+    # The factor with a positive diagonal is unique, so this pins the matrix of a seed for ever.
+    gaussian = np.random.RandomState(12).standard_normal((rows, columns))
+    frame = frames.haar_frame(rows, columns, seed=12)
+    np.testing.assert_allclose(frame, gram_schmidt(gaussian), atol=1e-12)
+
+
+def test_simplex_is_helmert_times_haar():
+    rotation = gram_schmidt(np.random.RandomState(4).standard_normal((7, 4)))
+    wanted = np.sqrt(5 / 4) * frames.helmert_basis(5) @ rotation.T
+    np.testing.assert_allclose(frames.simplex_etf(5, 7, seed=4), wanted, atol=1e-12)
+
+
+def haar_deviations(draws):
+    """Moments of `[seeds, p, p]` minus Haar's, in standard errors."""
+    p = draws.shape[-1]
+    trace = np.trace(draws, axis1=1, axis2=2)
+    samples = {
+        "entry": (draws, 0),
+        "entry^2": (draws**2, 1 / p),
+        "entry^4": (draws**4, 3 / (p * (p + 2))),
+        "two entries, squared": (
+            draws[:, 0, 0] ** 2 * draws[:, 1, 1] ** 2,
+            (p + 1) / ((p - 1) * p * (p + 2)),
+        ),
+        "column sum^2": (draws.sum(1) ** 2, 1),
+        "trace": (trace, 0),
+        "trace^2": (trace**2, 1),
+        "determinant": (np.linalg.det(draws), 0),
+    }
+    return {
+        name: np.abs((x.mean(0) - wanted) / (x.std(0) / np.sqrt(len(x)))).max()
+        for name, (x, wanted) in samples.items()
+    }
+
+
+def test_moments_are_those_of_haar():
+    draws = np.stack([frames.haar_frame(4, 4, seed) for seed in range(SEEDS)])
+    deviations = haar_deviations(draws)
+    assert max(deviations.values()) < 4.5, deviations
+
+
+def test_moments_would_notice_a_missing_sign_fix_and_uniform_entries():
+    normal = [np.random.RandomState(s).standard_normal((4, 4)) for s in range(SEEDS)]
+    uniform = [np.random.RandomState(s).uniform(size=(4, 4)) for s in range(SEEDS)]
+    unfixed = haar_deviations(np.linalg.qr(np.stack(normal))[0])
+    assert unfixed["entry"] > 20 and unfixed["trace"] > 20
+    assert haar_deviations(np.stack([gram_schmidt(u) for u in uniform]))["column sum^2"] > 20
+
+
+def test_seeds():
+    first, again, other = (frames.simplex_etf(6, 8, seed) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    np.random.seed(0)
+    state = np.random.get_state()[1].copy()
+    frames.haar_frame(3, 3, seed=1)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)

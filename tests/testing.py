@@ -1,0 +1,63 @@
+"""Helpers that several test files share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def smooth_image(height, width, seed=0):
+    """uint8 RGB image without sharp edges, on which any good filters and codecs agree."""
+    rng = np.random.default_rng(seed)
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    channels = []
+    for _ in range(3):
+        a, b, phase = rng.uniform(0.5, 2, 3)
+        channels.append(127.5 + 90 * np.sin(2 * (a * x + b * y) + phase))
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def make_image_folder(root, classes, size=(8, 8), suffix=".png"):
+    """Writes `{class: count}` random images to `root/class/NNN.png`; returns `root` as a Path."""
+    root = Path(root)
+    rng = np.random.default_rng(0)
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:03d}{suffix}")
+    return root
+
+
+def fresh_python(code, *args, **environment):
+    """Runs code in a new interpreter with `args` as `sys.argv[1:]`; returns what it prints."""
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def randomize(model, seed=0):
+    """Brings a model into a state that no initializer gives: every variable but an ETF's kernel."""
+    rng = np.random.default_rng(seed)
+    for v in model.variables:
+        if v.path == "logits/kernel" and not v.trainable:
+            continue
+        noise = rng.normal(size=v.shape)
+        if v.name in ("gamma", "moving_variance"):
+            v.assign(np.abs(1 + 0.2 * noise))
+        elif v.name == "kernel":
+            v.assign(noise * np.sqrt(2 / np.prod(v.shape[:-1])))
+        else:
+            v.assign(0.1 * noise)
+    return model

@@ -168,7 +168,8 @@ def test_scale_rule(classes, feature_norm):
 
 
 def test_certainty_at_perfect_collapse():
-    layer = make("l2", scale=4.0)
+    with pytest.warns(UserWarning, match="too small"):
+        layer = make("l2", scale=4.0)
     collapsed = 37 * frames.simplex_etf(K, P, layer.seed).astype(np.float32)
     probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(layer(collapsed)))
     np.testing.assert_allclose(np.diag(probabilities), certainty(4.0, K), rtol=1e-5)

@@ -15,7 +15,8 @@ from PIL import Image
 from etfzoo import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--protocol=quickstart", "--backbone=rn18", "--epochs=1", "--batch_size=50")
+TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
+RN18 = ("--backbone=rn18", *TINY)
 
 
 def _start(recipe, *flags, **kwargs):
@@ -82,7 +83,7 @@ def test_bad_flags(tmp_path, recipe, flags, message):
 @pytest.fixture(scope="module")
 def pretrained(embedded_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pretrained") / "run"
-    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *TINY)
+    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
     out, _ = _run("pretrain", "--head=etf", *flags, f"--workdir={workdir}")
     assert "top-1" in out and "Epoch 1/1 - 4/4" in out
     return workdir
@@ -126,12 +127,12 @@ def _photos(root, broken=0):
             Image.fromarray(pixels).save(root / name / f"{i}.jpg")
     for i in range(broken):
         path = root / "cat" / f"{i}.jpg"
-        path.write_bytes(path.read_bytes()[:200])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_own_images_with_truncated_jpegs(tmp_path):
     _photos(tmp_path / "photos", broken=3)
-    flags = (f"--dataset=folder:{tmp_path}/photos", *TINY, "--batch_size=8", "--epochs=2")
+    flags = (f"--dataset=folder:{tmp_path}/photos", *RN18, "--batch_size=8", "--epochs=2")
     _, err = _run("pretrain", *flags, f"--workdir={tmp_path}/a", code=2)
     _assert_one_line(err, "is not a readable image")
     assert "cat/" in err
@@ -177,7 +178,7 @@ MOMENTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigkill_and_restart_ends_bit_equal(moment, embedded_dir, tmp_path):
-    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *TINY, "--epochs=3",
+    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=3",
              "--batch_size=20", "--checkpoint_every=3")  # fmt: skip
     _run("pretrain", *flags, f"--workdir={tmp_path}/whole")
     killed = tmp_path / "killed"
@@ -192,7 +193,7 @@ def test_sigkill_and_restart_ends_bit_equal(moment, embedded_dir, tmp_path):
 
 
 def test_sigterm_saves_exits_75_and_resumes_bit_equal(pretrained, embedded_dir, tmp_path):
-    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *TINY, "--epochs=2")
+    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=2")
     _run("pretrain", *flags, f"--workdir={tmp_path}/whole")
     stopped = tmp_path / "stopped"
     process = _start("pretrain", *flags, "--checkpoint_every=1", f"--workdir={stopped}")
@@ -211,7 +212,7 @@ def test_a_full_disk_while_training(embedded_dir, tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *TINY)
+        flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
         _, err = _run("pretrain", *flags, f"--workdir={disk}/run", code=2)
         _assert_one_line(err, "No space left on device")
         assert not list(disk.rglob("*.npz")) and not list(disk.rglob("*.tmp"))

@@ -379,12 +379,9 @@ def _hold_out(items, share):
         by_class.setdefault(label, []).append(path)
     kept, held = [], []
     for label, paths in by_class.items():
-        if len(paths) < 2:
-            raise EtfzooError(
-                f"a class with one training image ({paths[0]}) cannot be split; add images"
-            )
         order = sorted(paths, key=lambda p: hashlib.sha256(p.encode()).digest())
-        count = max(1, round(share * len(order)))
+        # Training comes first: a class with one image has none to hold out.
+        count = min(max(1, round(share * len(order))), len(order) - 1)
         held += [(p, label) for p in sorted(order[:count])]
         kept += [(p, label) for p in sorted(order[count:])]
     return tuple(kept), tuple(held)

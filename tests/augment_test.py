@@ -1,0 +1,342 @@
+"""Tests of decoding and augmentation."""
+
+import functools
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from testing import smooth_image
+
+from etfzoo.data import augment
+from etfzoo.data.augment import Augmentation
+from etfzoo.errors import EtfzooError
+
+CROP = 0.875
+
+
+def encode(image, suffix="PNG", **kwargs):
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, suffix, **kwargs)
+    return buffer.getvalue()
+
+
+def triangle_filter(old, new):
+    """Antialiased bilinear resampling of `old` pixels to `new` as a matrix, in float64."""
+    scale = old / new
+    centres = (np.arange(new)[:, None] + 0.5) * scale
+    distance = np.abs(np.arange(old) + 0.5 - centres) / max(scale, 1)
+    weights = np.maximum(0, 1 - distance)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def resize(image, height, width):
+    rows = triangle_filter(image.shape[0], height)
+    columns = triangle_filter(image.shape[1], width)
+    return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64))
+
+
+def centre_window(image, height, width, crop):
+    """The largest centred window of the target's aspect, shrunk by `crop`."""
+    shape = image.shape[:2]
+    scale = crop * min(shape[0] / height, shape[1] / width)
+    h, w = (min(max(round(scale * side), 1), s) for side, s in zip((height, width), shape))
+    top, left = (shape[0] - h) // 2, (shape[1] - w) // 2
+    return image[top : top + h, left : left + w]
+
+
+def evaluated(encoded, height, width, crop=CROP):
+    image = augment.evaluation_image(encoded, height, width, crop)
+    assert image.dtype == tf.float32 and image.shape == (height, width, 3)
+    image = image.numpy()
+    np.testing.assert_array_equal(image, np.rint(image))
+    assert image.min() >= 0 and image.max() <= 255
+    return image
+
+
+@functools.cache
+def trainer(side, augmentation):
+    """Training images `[N, side, side, 3]` of one encoded image and keys `(seed, n)`, n < N."""
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([None, 2], tf.int32)])
+    def images(encoded, keys):
+        return tf.map_fn(
+            lambda key: augment.training_image(encoded, key, side, side, augmentation, CROP),
+            keys,
+            fn_output_signature=tf.TensorSpec([side, side, 3], tf.float32),
+        )
+
+    return lambda encoded, count, seed=0: images(
+        encoded, [[seed, n] for n in range(count)]
+    ).numpy()
+
+
+@pytest.mark.parametrize(
+    "shape, target, crop",
+    [
+        ((96, 96), (32, 32), 0.875),
+        ((60, 131), (32, 32), 0.875),
+        ((131, 60), (24, 40), 0.8),
+        ((16, 20), (48, 48), 1.0),
+        ((2000, 3), (32, 32), 0.875),
+        ((3, 2000), (32, 32), 1.0),
+        ((40, 1), (8, 8), 1.0),
+    ],
+)
+def test_evaluation_image(shape, target, crop):
+    image = smooth_image(*shape)
+    wanted = resize(centre_window(image, *target, crop), *target)
+    # Float32 may round the last bit of a tie the other way, but no more.
+    np.testing.assert_allclose(evaluated(encode(image), *target, crop), wanted, atol=0.501)
+
+
+@pytest.mark.parametrize("shape, target", [((200, 300), (64, 64)), ((300, 200), (64, 48))])
+def test_evaluation_image_is_close_to_resizing_first(shape, target):
+    # PIL on the exact fractional window instead of the whole-pixel one.
+    image = smooth_image(*shape)
+    scale = CROP * min(shape[0] / target[0], shape[1] / target[1])
+    h, w = scale * target[0], scale * target[1]
+    left, top = (shape[1] - w) / 2, (shape[0] - h) / 2
+    wanted = Image.fromarray(image).resize(
+        target[::-1], Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
+    )
+    error = evaluated(encode(image), *target) - np.asarray(wanted, np.float64)
+    assert np.abs(error).mean() < 1 and np.abs(error).max() < 4
+
+
+def test_identity_size_is_exact():
+    image = np.random.default_rng(0).integers(0, 256, (32, 24, 3), np.uint8)
+    np.testing.assert_array_equal(evaluated(encode(image), 32, 24, 1.0), image)
+    # Whole pixels of the centre, without any filtering.
+    np.testing.assert_array_equal(evaluated(encode(image), 16, 12, 0.5), image[8:24, 6:18])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_jpeg(kwargs):
+    # The window is decoded alone; the codecs differ by a few levels at most.
+    encoded = encode(smooth_image(90, 120), "JPEG", quality=95, **kwargs)
+    decoded = np.asarray(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_allclose(augment.decode(encoded), decoded, atol=4)
+    wanted = resize(centre_window(decoded, 32, 32, CROP), 32, 32)
+    np.testing.assert_allclose(evaluated(encoded, 32, 32), wanted, atol=4)
+    # Against its own decoder the window is exact.
+    window = centre_window(augment.decode(encoded).numpy(), 32, 32, CROP)
+    np.testing.assert_allclose(evaluated(encoded, 32, 32), resize(window, 32, 32), atol=0.501)
+
+
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [
+        ("L", "PNG"),
+        ("L", "JPEG"),
+        ("L", "BMP"),
+        ("1", "PNG"),
+        ("P", "PNG"),
+        ("LA", "PNG"),
+        ("RGBA", "PNG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "BMP"),
+        ("RGB", "GIF"),
+    ],
+)
+def test_other_pixel_formats_become_rgb(mode, suffix):
+    image = Image.fromarray(smooth_image(40, 56)).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(smooth_image(40, 56, seed=1)[..., 0]))
+    encoded = encode(image, suffix)
+    # Alpha is dropped, not blended.
+    wanted = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    decoded = augment.decode(encoded)
+    assert decoded.dtype == tf.uint8 and decoded.shape == (40, 56, 3)
+    np.testing.assert_allclose(decoded, wanted, atol=6 if suffix == "JPEG" else 0)
+    wanted = resize(centre_window(wanted, 16, 16, CROP), 16, 16)
+    np.testing.assert_allclose(evaluated(encoded, 16, 16), wanted, atol=6)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.fromarray(smooth_image(20, 20, seed=s)) for s in range(3)]
+    encoded = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    wanted = Image.open(io.BytesIO(encoded)).convert("RGB")
+    np.testing.assert_array_equal(augment.decode(encoded), wanted)
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG"])
+def test_one_pixel(suffix):
+    encoded = encode(np.full((1, 1, 3), (200, 100, 50), np.uint8), suffix, quality=100)
+    colour = augment.decode(encoded).numpy()[0, 0]
+    np.testing.assert_allclose(colour, (200, 100, 50), atol=3)
+    np.testing.assert_array_equal(evaluated(encoded, 8, 8), np.tile(colour, (8, 8, 1)))
+    for crop in augment.CROPS:
+        images = trainer(8, Augmentation(crop))(encoded, 5)
+        inside = images[:, 1:-1, 1:-1]  # a shift brings in a border of black
+        np.testing.assert_array_equal(inside, np.broadcast_to(colour, inside.shape))
+
+
+@pytest.mark.parametrize("crop", augment.CROPS)
+@pytest.mark.parametrize("shape", [(2000, 3), (3, 2000)])
+def test_extreme_shapes_train(shape, crop):
+    images = trainer(16, Augmentation(crop))(encode(smooth_image(*shape)), 3)
+    assert images.shape == (3, 16, 16, 3) and images.std() > 1
+
+
+def damaged():
+    png, jpeg = (encode(smooth_image(40, 40), suffix) for suffix in ("PNG", "JPEG"))
+    return {
+        "empty": b"",
+        "text": b"not an image",
+        "jpeg magic alone": jpeg[:3],
+        "half a jpeg": jpeg[: len(jpeg) // 2],
+        "half a png": png[: len(png) // 2],
+        "png with a changed byte": png[:60] + bytes([png[60] ^ 255]) + png[61:],
+    }
+
+
+@pytest.mark.parametrize("name", damaged())
+def test_corrupt_bytes(name):
+    encoded = damaged()[name]
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        augment.decode(encoded)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        augment.evaluation_image(encoded, 16, 16, CROP)
+    for crop in augment.CROPS:
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            trainer(16, Augmentation(crop))(encoded, 1)
+
+
+@pytest.mark.parametrize("crop", ["resized_crop", "shift"])
+def test_training_image_is_a_function_of_its_key(crop):
+    encoded, augmentation = encode(smooth_image(50, 60)), Augmentation(crop)
+    draw = trainer(24, augmentation)
+    images = draw(encoded, 30)
+    np.testing.assert_array_equal(draw(encoded, 30), images)
+    # Alone, eagerly and after other draws the pixels are the same.
+    tf.random.uniform([7])
+    for n in (29, 3):
+        alone = augment.training_image(encoded, tf.constant([0, n]), 24, 24, augmentation, CROP)
+        np.testing.assert_array_equal(alone, images[n])
+    # 162 draws of a shift with flip exist; of a crop far more.
+    assert len({image.tobytes() for image in images}) >= 25
+    assert (draw(encoded, 30, seed=1) != images).any((1, 2, 3)).sum() >= 25
+    assert images.min() >= 0 and images.max() <= 255
+    np.testing.assert_array_equal(images, np.rint(images))
+
+
+def test_flip_is_an_exact_mirror_of_half_the_images():
+    image = smooth_image(40, 40)
+    straight = evaluated(encode(image), 16, 16)
+    images = trainer(16, Augmentation("none", flip=True))(encode(image), 400)
+    same = (images == straight).all((1, 2, 3))
+    mirrored = (images == straight[:, ::-1]).all((1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert abs(same.sum() - 200) < 50  # five standard deviations
+
+
+def test_none_is_the_evaluation_image():
+    encoded = encode(smooth_image(50, 41))
+    images = trainer(16, Augmentation("none", flip=False))(encoded, 3)
+    np.testing.assert_array_equal(images, np.stack([evaluated(encoded, 16, 16)] * 3))
+
+
+def test_crop_and_flip_are_independent():
+    # Both come from one key: a flip must not go with certain offsets.
+    images = trainer(16, Augmentation("shift"))(encode(coordinates(16)), 800)
+    flipped = images[:, 8, 8, 0] < images[:, 8, 7, 0]
+    left = np.where(flipped, images[:, 8, 7, 0], images[:, 8, 8, 0]) < coordinates(16)[8, 8, 0]
+    assert 0.4 < flipped.mean() < 0.6
+    assert abs(flipped[left].mean() - flipped[~left].mean()) < 0.2
+
+
+def coordinates(side):
+    """An image whose red grows with x and green with y: two levels a pixel from 10 on."""
+    y, x = np.mgrid[:side, :side]
+    return np.stack([10 + 2 * x, 10 + 2 * y, np.full_like(x, 77)], axis=-1).astype(np.uint8)
+
+
+def test_shift_covers_every_offset_evenly():
+    side, pad, count = 32, 4, 3000
+    image = coordinates(side)
+    images = trainer(side, Augmentation("shift", flip=False))(encode(image), count)
+    padded = np.pad(image, [(pad, pad), (pad, pad), (0, 0)])
+    # The centre pixel tells where the window lies in the padded image.
+    tops, lefts = (
+        ((images[:, side // 2, side // 2, c] - 10) / 2 - side // 2 + pad).astype(int)
+        for c in (1, 0)
+    )
+    for window, top, left in zip(images, tops, lefts, strict=True):
+        np.testing.assert_array_equal(window, padded[top : top + side, left : left + side])
+    cells = np.bincount(tops * (2 * pad + 1) + lefts, minlength=81)
+    assert len(cells) == 81 and cells.min() > 0
+    # Chi-square with 80 degrees of freedom: 80 +- 12.6.
+    assert ((cells - count / 81) ** 2 / (count / 81)).sum() < 80 + 5 * 12.6
+
+
+def test_shift_takes_an_eighth_of_each_side():
+    image = np.full((40, 40, 3), 255, np.uint8)
+    for side, pad in ((7, 0), (8, 1), (47, 5)):
+        images = trainer(side, Augmentation("shift"))(encode(image), 60)
+        black = (images == 0).all((1, 3)).sum(1)
+        assert black.max() == pad and black.min() == 0
+
+
+@functools.cache
+def ramp(start, size, target):
+    """What `coordinates` shows along one axis in a window resized to `target` pixels."""
+    return triangle_filter(size, target) @ (10 + 2 * np.arange(start, start + size))
+
+
+def find_window(values, side):
+    """Start and size of the window that shows as `values`, which must be exact but for rounding."""
+    target = len(values)
+    inner = np.arange(target // 4, target - target // 4)
+    slope, start = np.polyfit(inner + 0.5, (values[inner] - 9) / 2, 1)  # to a pixel
+    windows = {
+        (a, n): np.abs(ramp(a, n, target) - values).max()
+        for a in range(round(start) - 2, round(start) + 3)
+        for n in range(round(slope * target) - 2, round(slope * target) + 3)
+        if a >= 0 and a + n <= side
+    }
+    best = min(windows, key=windows.get)
+    assert windows[best] < 0.501
+    return best
+
+
+@pytest.mark.parametrize("min_area", [0.08, 0.5])
+def test_resized_crop_windows(min_area):
+    side, target, count = 120, 48, 300
+    augmentation = Augmentation("resized_crop", min_area=min_area, flip=False)
+    images = trainer(target, augmentation)(encode(coordinates(side)), count)
+    # Ties may be rounded up in one row and down in the next.
+    assert np.abs(images[..., 0] - images[:, :1, :, 0]).max() <= 1
+    assert np.abs(images[..., 1] - images[:, :, :1, 1]).max() <= 1
+    assert (images[..., 2] == 77).all()
+    left, width = np.transpose([find_window(image[0, :, 0], side) for image in images])
+    top, height = np.transpose([find_window(image[:, 0, 1], side) for image in images])
+    area = height * width / side**2
+    aspect = width / height
+    # Whole pixels: both sides are rounded.
+    assert area.min() > min_area - 0.02 and area.max() <= 1
+    assert aspect.min() > 0.75 * 0.97 and aspect.max() < 4 / 3 * 1.03
+    assert area.min() < min_area + 0.1 and area.max() > 0.8
+    assert aspect.min() < 0.85 and aspect.max() > 1.2
+    assert 0.3 < (aspect > 1).mean() < 0.7
+    for start, size in ((top, height), (left, width)):
+        free = side - size > 5
+        assert 0.4 < (start[free] / (side - size[free])).mean() < 0.6
+
+
+def test_resized_crop_of_a_jpeg_shows_the_same_window_as_of_a_png():
+    image = smooth_image(80, 100)
+    draw = trainer(24, Augmentation("resized_crop"))
+    jpeg = encode(image, "JPEG", quality=95, subsampling=0)
+    np.testing.assert_allclose(draw(jpeg, 20), draw(encode(image), 20), atol=6)
+
+
+def test_bad_augmentations():
+    with pytest.raises(EtfzooError, match="unknown augmentation 'resize_crop'; did you mean resi"):
+        Augmentation("resize_crop")
+    for min_area in (0, -0.1, 1.5, float("nan")):
+        with pytest.raises(EtfzooError, match=r"min_area must be in \(0, 1\]"):
+            Augmentation(min_area=min_area)

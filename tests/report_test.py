@@ -1,0 +1,132 @@
+"""Tests of the HTML reports and of the figures."""
+
+import base64
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from etfzoo import plots, report
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """A parsed page: tags with attributes, text by tag, and whether every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.text.append((self.open[-1], data))
+
+    def texts(self, tag):
+        return [text for owner, text in self.text if owner == tag]
+
+
+def figure():
+    rows = [{"epoch": i, "top1": i / 4} for i in range(4)]
+    return plots.learning_curves({"source: etf": rows, "source: linear": rows, "far: etf": rows})
+
+
+@pytest.fixture
+def page(tmp_path):
+    report.write(
+        tmp_path / "index.html",
+        "A <b> & 'c'",
+        [
+            ("Text <1>", "5 < 6 & <script>alert(1)</script>"),
+            ("Table", [["name", "top-1 <%>"], ["<i>x</i>", 61.5], ["y", None]]),
+            ("Figure", figure()),
+            ("Commands", ("python a.py --x='<1>'", "python b.py")),
+        ],
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
+    return Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+
+
+def test_page_is_well_formed(page):
+    assert page.open == []
+    assert ("html", {"lang": "en"}) in page.tags and ("meta", {"charset": "utf-8"}) in page.tags
+    assert page.texts("title") == page.texts("h1") == ["A <b> & 'c'"]
+    assert page.texts("h2") == ["Text <1>", "Table", "Figure", "Commands"]
+
+
+def test_page_escapes_what_it_is_given(page):
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    assert page.texts("p") == ["5 < 6 & <script>alert(1)</script>"]
+    assert page.texts("th") == ["name", "top-1 <%>"]
+    assert page.texts("td") == ["<i>x</i>", "61.5", "y", "None"]
+    assert page.texts("pre") == ["python a.py --x='<1>'\npython b.py"]
+
+
+def test_page_is_self_contained(page):
+    links = [value for _, attrs in page.tags for k, value in attrs.items() if k in ("src", "href")]
+    assert len(links) == 1 and links[0].startswith("data:image/png;base64,")
+    assert not re.search(r"url\(|@import", "".join(page.texts("style")))
+    image = Image.open(io.BytesIO(base64.b64decode(links[0].split(",")[1], validate=True)))
+    assert image.format == "PNG" and min(image.size) > 200
+    assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_text_table():
+    rows = [["name", "top-1"], ["a longer name", 1.5], ["b", "100.25"]]
+    assert [line.rstrip() for line in report.text_table(rows).splitlines()] == [
+        "name           top-1",
+        "-------------  ------",
+        "a longer name  1.5",
+        "b              100.25",
+    ]
+
+
+def test_text_table_of_a_header_only():
+    assert report.text_table([["a", "bc"]]).splitlines() == ["a  bc", "-  --"]
+
+
+@pytest.mark.parametrize("classes", [2, 40, 120])
+def test_confusion_png(tmp_path, classes):
+    counts = np.random.default_rng(0).integers(0, 9, (classes, classes))
+    counts[0] = 0  # a class without examples
+    names = [f"class {i}" for i in range(classes)]
+    plots.confusion_png(tmp_path / "confusion.png", counts, names)
+    assert [p.name for p in tmp_path.iterdir()] == ["confusion.png"]
+    image = Image.open(tmp_path / "confusion.png")
+    assert image.format == "PNG" and min(image.size) > 300
+    assert len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+def test_learning_curves_draw_what_they_are_given():
+    axes = figure().axes
+    assert [a.get_title() for a in axes] == ["source", "far"]
+    assert [line.get_label() for line in axes[0].lines] == ["etf", "linear"]
+    np.testing.assert_array_equal(axes[1].lines[0].get_xdata(), [0, 1, 2, 3])
+    np.testing.assert_allclose(axes[1].lines[0].get_ydata(), [0, 25, 50, 75])
+
+
+def test_accuracy_by_domain_draws_what_it_is_given(tmp_path):
+    lines = {"etf": [(0.8, 0.7, 0.85), (0.5, 0.4, 0.6)], "linear": [(0.7, 0.6, 0.8), (0.3, 0.1, 0.4)]}
+    drawn = plots.accuracy_by_domain(["near", "far"], lines)
+    (axes,) = drawn.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["near", "far"]
+    first = axes.containers[0]
+    np.testing.assert_allclose(first[0].get_ydata(), [80, 50])
+    bars = [segment[:, 1] for segment in first[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[70, 85], [40, 60]])
+    plots.save_png(drawn, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+    assert (tmp_path / "a.png").stat().st_size > 5000

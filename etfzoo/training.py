@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import logging
@@ -16,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import evaluation, files, step_tf
+from etfzoo import evaluation, files, schedules, step_tf
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import ImageClassifier, build_classifier, replace_head
 from etfzoo.config import TrainConfig
@@ -181,7 +180,7 @@ class _Run:
         self.steps = pipeline.size(config.train_split) // config.batch_size
         with strategy.scope():
             self.optimizer = keras.optimizers.SGD(
-                learning_rate_schedule(config, self.steps),
+                schedules.learning_rate(config, self.steps),
                 momentum=config.momentum,
                 nesterov=config.nesterov,
                 name="sgd",  # variable paths must not depend on what was built before
@@ -307,45 +306,6 @@ class _Run:
         )
 
 
-def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int):
-    """A Keras schedule in steps from a configuration in epochs."""
-    peak = config.learning_rate
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    total = config.epochs * steps_per_epoch
-    if config.schedule == "cosine":
-        return keras.optimizers.schedules.CosineDecay(
-            0.0 if warmup else peak,
-            max(total - warmup, 1),
-            warmup_target=peak if warmup else None,
-            warmup_steps=warmup,
-        )
-    drops = [e for e in config.step_epochs if e < config.epochs]
-    if config.schedule == "constant":
-        drops = []
-    values = [peak * config.step_factor**i for i in range(len(drops) + 1)]
-    return _WarmupSteps([e * steps_per_epoch for e in drops], values, warmup)
-
-
-@keras.saving.register_keras_serializable(package="etfzoo")
-class _WarmupSteps(keras.optimizers.schedules.LearningRateSchedule):
-    """Piecewise-constant rates after a linear warm-up."""
-
-    def __init__(self, boundaries, values, warmup):
-        self.boundaries, self.values, self.warmup = list(boundaries), list(values), warmup
-
-    def __call__(self, step):
-        step = keras.ops.cast(step, "float32")
-        rate = keras.ops.convert_to_tensor(self.values[0], "float32")
-        for boundary, value in zip(self.boundaries, self.values[1:], strict=True):
-            rate = keras.ops.where(step < boundary, rate, value)
-        if self.warmup:
-            rate = rate * keras.ops.minimum(1.0, step / self.warmup)
-        return rate
-
-    def get_config(self):
-        return {"boundaries": self.boundaries, "values": self.values, "warmup": self.warmup}
-
-
 class _StopRequest:
     """Turns SIGTERM and the first Ctrl-C into a request that the loop looks at after each step."""
 
@@ -416,8 +376,3 @@ def _averages(totals) -> dict[str, float]:
 def _check_finite(loss) -> None:
     if not math.isfinite(loss):
         raise TrainingDiverged(f"the loss is {float(loss)}")
-
-
-def describe(config: TrainConfig) -> str:
-    """The configuration in one printable line for each setting that is not None."""
-    return "\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(config).items() if v is not None)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from testing import smooth_image
 
 from etfzoo.data import augment
 from etfzoo.data.augment import Augmentation
 from etfzoo.errors import EtfzooError
+from testing import smooth_image
 
 CROP = 0.875
 
@@ -69,9 +69,7 @@ def trainer(side, augmentation):
             fn_output_signature=tf.TensorSpec([side, side, 3], tf.float32),
         )
 
-    return lambda encoded, count, seed=0: images(
-        encoded, [[seed, n] for n in range(count)]
-    ).numpy()
+    return lambda encoded, count, seed=0: images(encoded, [[seed, n] for n in range(count)]).numpy()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import keras
 import numpy as np
 import pytest
-from testing import fresh_python, randomize
 
 from etfzoo import backbones, weights
 from etfzoo.classifier import (
@@ -19,6 +18,7 @@ from etfzoo.classifier import (
 )
 from etfzoo.errors import EtfzooError
 from etfzoo.layers import frames
+from testing import fresh_python, randomize
 
 # Weights with BN's gamma and beta and without the last layer, as torchvision's networks have them
 # (11,689,512 of its resnet18 less 512 * 1000 + 1000 of the last layer, and so on).
@@ -80,7 +80,8 @@ def test_taps(backbone, channels):
 
 
 @pytest.mark.parametrize(
-    "head, num_classes, width", [("etf", 5, 5), ("linear", 5, 5), ("linear", 1, 1), (None, None, 512)]
+    "head, num_classes, width",
+    [("etf", 5, 5), ("linear", 5, 5), ("linear", 1, 1), (None, None, 512)],
 )
 def test_heads(head, num_classes, width):
     model = make(head, num_classes)

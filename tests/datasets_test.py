@@ -88,7 +88,11 @@ def test_roles(name):
     assert not roles["fit"] & roles["select"]
     assert roles["fit"] <= roles["train"]
     # Unlabelled and extra images are not part of the protocol.
-    assert {split for part in roles.values() for split, _ in part} <= {"train", "validation", "test"}
+    assert {split for part in roles.values() for split, _ in part} <= {
+        "train",
+        "validation",
+        "test",
+    }
 
 
 def test_roles_of_the_transfer_protocol():

@@ -6,9 +6,9 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from testing import fresh_python
 
 from etfzoo.layers import ETFClassifier, frames
+from testing import fresh_python
 
 K, P, N = 7, 12, 9
 BN_EPSILON, BN_MOMENTUM = 1e-3, 0.99  # Keras's defaults

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
-from testing import make_image_folder, randomize
 
 from etfzoo import evaluation, step_tf
 from etfzoo.classifier import build_classifier
@@ -16,6 +15,7 @@ from etfzoo.data import sources
 from etfzoo.data.augment import evaluation_image
 from etfzoo.errors import EtfzooError
 from etfzoo.evaluation import Predictions
+from testing import make_image_folder, randomize
 
 K = 7
 

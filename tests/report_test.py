@@ -119,7 +119,10 @@ def test_learning_curves_draw_what_they_are_given():
 
 
 def test_accuracy_by_domain_draws_what_it_is_given(tmp_path):
-    lines = {"etf": [(0.8, 0.7, 0.85), (0.5, 0.4, 0.6)], "linear": [(0.7, 0.6, 0.8), (0.3, 0.1, 0.4)]}
+    lines = {
+        "etf": [(0.8, 0.7, 0.85), (0.5, 0.4, 0.6)],
+        "linear": [(0.7, 0.6, 0.8), (0.3, 0.1, 0.4)],
+    }
     drawn = plots.accuracy_by_domain(["near", "far"], lines)
     (axes,) = drawn.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["near", "far"]

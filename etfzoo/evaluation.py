@@ -13,6 +13,7 @@ from etfzoo import files, step_tf
 from etfzoo.data.augment import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.errors import EtfzooError
+from etfzoo.progress import Progress
 
 
 class Predictions(NamedTuple):
@@ -24,15 +25,18 @@ class Predictions(NamedTuple):
     loss: np.ndarray
 
 
-def predict(step, batches) -> Predictions:
+def predict(step, batches, progress: Progress | None = None) -> Predictions:
     """Runs an evaluation step over all batches.
 
     Args:
         step: `(images, labels) -> (loss, predicted, in_top5)`, per example.
         batches: an iterable of `(images, labels)`.
+        progress: shown after each batch.
     """
     rows = []
-    for images, labels in batches:
+    for number, (images, labels) in enumerate(batches):
+        if progress is not None:
+            progress.update(number)
         loss, predicted, in_top5 = step(images, labels)
         rows.append([np.asarray(a) for a in (labels, predicted, in_top5, loss)])
     return Predictions(*(np.concatenate(column) for column in zip(*rows, strict=True)))
@@ -54,8 +58,12 @@ def evaluate(model, source, split: str = "test", batch_size: int = 128) -> Predi
     pipeline = Pipeline(
         source, height, width, model.spec.crop, batch_size, Augmentation("none", flip=False), 0
     )
+    progress = Progress(f"evaluating {source.name} ({split})", -(-source.size(split) // batch_size))
     with pipeline.naming_corrupt_records(split):
-        return predict(step_tf.evaluation_step(model), pipeline.evaluation(split))
+        batches = pipeline.evaluation(split)
+        predictions = predict(step_tf.evaluation_step(model), batches, progress)
+    progress.finish()
+    return predictions
 
 
 def accuracy(labels, predicted, num_classes: int, metric: str = "top1") -> float:

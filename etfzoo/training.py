@@ -7,8 +7,6 @@ import json
 import logging
 import math
 import signal
-import sys
-import time
 from pathlib import Path
 
 import keras
@@ -23,6 +21,7 @@ from etfzoo.data.augment import Augmentation
 from etfzoo.data.pipeline import Pipeline, find_corrupt
 from etfzoo.data.sources import Source, resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.progress import Progress
 from etfzoo.strategy import get_strategy
 
 log = logging.getLogger("etfzoo")
@@ -214,7 +213,7 @@ class _Run:
 
     def _epoch(self, stop):
         epoch, split = self.state["epoch"], self.config.train_split
-        progress = _Progress(f"Epoch {epoch + 1}/{self.config.epochs}", self.steps)
+        progress = Progress(f"Epoch {epoch + 1}/{self.config.epochs}", self.steps)
         totals = np.asarray(self.state["totals"])
         batches = self.stepper.distribute(self.pipeline.training(split, epoch, self.state["step"]))
         iterator = iter(batches)
@@ -235,7 +234,6 @@ class _Run:
 
     def _finish_epoch(self, totals, progress):
         train = _averages(totals)
-        _check_finite(train["loss"])
         epoch = self.state["epoch"] + 1
         row = {
             "epoch": epoch,
@@ -329,47 +327,9 @@ class _StopRequest:
             signal.signal(number, handler)
 
 
-class _Progress:
-    """Keras's progress bar on a terminal; in a log file a plain line every half minute."""
-
-    def __init__(self, title, steps):
-        self._title = title
-        self._steps = steps
-        self._start = self._last = time.monotonic()
-        self._first = None
-        self._bar = None
-        if sys.stdout.isatty():
-            print(title, flush=True)
-            self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "top1", "val_top1"])
-
-    def update(self, step, metrics):
-        # Reading the metrics waits for the device: only when they will be shown.
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (step, now)
-        if step == self._steps or now - self._last < (0.5 if self._bar else 30):
-            return
-        self._last = now
-        if self._bar:
-            self._bar.update(step, list(metrics().items()), finalize=False)
-            return
-        since, begin = self._first
-        eta = (self._steps - step) * (now - begin) / max(step - since, 1)
-        self._print(step, f"ETA {eta:.0f}s", metrics())
-
-    def finish(self, metrics):
-        if self._bar:
-            self._bar.update(self._steps, list(metrics.items()), finalize=True)
-        else:
-            self._print(self._steps, f"{time.monotonic() - self._start:.0f}s", metrics)
-
-    def _print(self, step, seconds, metrics):
-        values = "".join(f" - {name}: {value:.4f}" for name, value in metrics.items())
-        print(f"{self._title} - {step}/{self._steps} - {seconds}{values}", flush=True)
-
-
 def _averages(totals) -> dict[str, float]:
     loss, right, count = (float(t) for t in totals)
+    _check_finite(loss)
     return {"loss": loss / max(count, 1), "top1": right / max(count, 1)}
 
 

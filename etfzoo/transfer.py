@@ -15,9 +15,9 @@ from etfzoo import evaluation, files, neural_collapse, step_tf, training
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import replace_head
 from etfzoo.config import TrainConfig
-from etfzoo.data.datasets import Dataset
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.progress import Progress
 
 log = logging.getLogger("etfzoo")
 
@@ -109,8 +109,9 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
         for role in ("fit", "select", config.train_split, config.eval_split)
     }
     train, test = splits[config.train_split], splits[config.eval_split]
-    metric = (source.row or Dataset).metric
-    strength = _pick_strength(splits["fit"], splits["select"], grid, metric, source.num_classes)
+    strength = _pick_strength(
+        splits["fit"], splits["select"], grid, source.row.metric, source.num_classes
+    )
     kernel, bias = _fit(*train, strength, source.num_classes)
     head = model.get_layer("logits")
     head.kernel.assign(kernel)
@@ -129,7 +130,15 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
 
 
 def _features(extract, pipeline, split):
-    batches = [(extract(images), labels) for images, labels in pipeline.evaluation(split)]
+    progress = Progress(
+        f"features of the {split} split", -(-pipeline.size(split) // pipeline.batch_size)
+    )
+    batches = []
+    with pipeline.naming_corrupt_records(split):
+        for images, labels in pipeline.evaluation(split):
+            batches.append((extract(images), labels))
+            progress.update(len(batches))
+    progress.finish()
     features, labels = zip(*batches, strict=True)
     return np.concatenate(features).astype(np.float64), np.concatenate(labels)
 

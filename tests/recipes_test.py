@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import etfzoo
 from etfzoo import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,12 @@ def test_from_a_bare_clone_one_line_names_the_way():
     assert done.returncode != 0
     _assert_one_line(done.stderr, "make demo")
     assert ".venv/bin/python" in done.stderr
+
+
+def test_import_without_tensorflow_names_the_extra():
+    command = [sys.executable, "-S", "-c", "import etfzoo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "pip install 'etfzoo[cpu]'" in done.stderr.splitlines()[-1]
 
 
 def test_strategy_tpu_without_a_tpu(tmp_path):
@@ -218,3 +225,22 @@ def test_a_full_disk_while_training(embedded_dir, tmp_path):
         assert not list(disk.rglob("*.npz")) and not list(disk.rglob("*.tmp"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "precision"), [("rn50", "none"), ("rn50", "bfloat16"), ("rn101", "none")]
+)
+def test_deep_resnets_train_publish_and_load_at_64_px(backbone, precision, embedded_dir, tmp_path):
+    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *TINY, f"--backbone={backbone}")
+    flags += ("--image_size=64", f"--mixed_precision={precision}", f"--workdir={tmp_path}/run")
+    out, _ = _run("pretrain", *flags)
+    assert "Epoch 1/1 - 4/4" in out
+    model = etfzoo.load(tmp_path / "run")
+    published = etfzoo.publish(model, tmp_path / f"{backbone}_etf.digits")
+    loaded = etfzoo.load(tmp_path / f"{backbone}_etf.digits")
+    assert loaded.spec == model.spec and loaded.spec.input_shape == (64, 64, 3)
+    images = np.random.RandomState(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    np.testing.assert_array_equal(model(images), loaded(images))
+    stored = sum(p.stat().st_size for p in (published / "variables").iterdir())
+    assert stored < 1.02 * sum(4 * int(np.prod(v.shape)) for v in model.variables)

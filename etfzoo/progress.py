@@ -1,0 +1,53 @@
+"""Progress of long work, on a terminal and in log files."""
+
+import sys
+import time
+
+import keras
+
+
+class Progress:
+    """Keras's progress bar on a terminal; in a log file a plain line every half minute.
+
+    Args:
+        title: what is going on.
+        steps: number of steps.
+    """
+
+    def __init__(self, title, steps):
+        self._title = title
+        self._steps = steps
+        self._start = self._last = time.monotonic()
+        self._first = None
+        self._bar = None
+        if sys.stdout.isatty():
+            print(title, flush=True)
+            self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "top1", "val_top1"])
+
+    def update(self, step, metrics=dict):
+        """Shows that `step` steps are done; `metrics()` gives values by name."""
+        # Reading the metrics waits for the device: only when they will be shown.
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        if step == self._steps or now - self._last < (0.5 if self._bar else 30):
+            return
+        self._last = now
+        if self._bar:
+            self._bar.update(step, list(metrics().items()), finalize=False)
+            return
+        since, begin = self._first
+        eta = (self._steps - step) * (now - begin) / max(step - since, 1)
+        self._print(step, f"ETA {eta:.0f}s", metrics())
+
+    def finish(self, metrics=None):
+        """Shows the end, with the final values."""
+        metrics = metrics or {}
+        if self._bar:
+            self._bar.update(self._steps, list(metrics.items()), finalize=True)
+        else:
+            self._print(self._steps, f"{time.monotonic() - self._start:.0f}s", metrics)
+
+    def _print(self, step, seconds, metrics):
+        values = "".join(f" - {name}: {value:.4f}" for name, value in metrics.items())
+        print(f"{self._title} - {step}/{self._steps} - {seconds}{values}", flush=True)

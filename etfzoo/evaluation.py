@@ -55,6 +55,8 @@ def evaluate(model, source, split: str = "test", batch_size: int = 128) -> Predi
             f"{source.num_classes}; fine-tune it on this data set first"
         )
     height, width = model.spec.input_shape[:2]
+    if height is None or width is None:
+        raise EtfzooError("the model has no image size; load it with input_shape=(224, 224, 3)")
     pipeline = Pipeline(
         source, height, width, model.spec.crop, batch_size, Augmentation("none", flip=False), 0
     )
@@ -120,6 +122,8 @@ def binomial_interval(right: float, count: int, z: float = 1.96) -> tuple[float,
         count: number of examples.
         z: normal quantile.
     """
+    if count == 0:
+        return 0.0, 1.0
     centre = (right + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(right * (1 - right) / count + z * z / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -27,6 +27,7 @@ def scatter_ratio(features, labels) -> float:
     overall = features.mean(0)
     within = np.square(features - means[labels]).sum() / len(labels)
     between = (count[:, None] * np.square(means - overall)).sum() / len(labels)
-    if between == 0:
+    # Rounding leaves a trace of scatter between equal means.
+    if between <= 1e-24 * np.square(features).sum() / len(labels):
         raise ValueError("all class means are equal: there is no scatter between classes")
     return float(within / between)

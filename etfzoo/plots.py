@@ -46,15 +46,15 @@ def learning_curves(histories: dict[str, list[dict]]) -> Figure:
     Args:
         histories: `"panel: line"` -> rows with `epoch` and `top1`; lines of one panel share axes.
     """
-    panels = list(dict.fromkeys(name.split(": ")[0] for name in histories))
+    panels = list(dict.fromkeys(name.partition(": ")[0] for name in histories))
     figure = Figure(figsize=(3.4 * len(panels), 3))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, rows in histories.items():
-            if name.split(": ")[0] == panel:
+            if name.partition(": ")[0] == panel:
                 rows = [row for row in rows if "top1" in row]
                 epochs = [row["epoch"] for row in rows]
                 shares = [100 * row["top1"] for row in rows]
-                axes.plot(epochs, shares, marker=".", label=name.split(": ")[1])
+                axes.plot(epochs, shares, marker=".", label=name.partition(": ")[2])
         axes.set_title(panel)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -43,7 +43,8 @@ def centre_window(image, height, width, crop):
     """The largest centred window of the target's aspect, shrunk by `crop`."""
     shape = image.shape[:2]
     scale = crop * min(shape[0] / height, shape[1] / width)
-    h, w = (min(max(round(scale * side), 1), s) for side, s in zip((height, width), shape))
+    h = min(max(round(scale * height), 1), shape[0])
+    w = min(max(round(scale * width), 1), shape[1])
     top, left = (shape[0] - h) // 2, (shape[1] - w) // 2
     return image[top : top + h, left : left + w]
 

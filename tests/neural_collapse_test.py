@@ -98,3 +98,9 @@ def test_one_class():
 def test_equal_means():
     with pytest.raises(ValueError, match="means are equal"):
         neural_collapse.scatter_ratio([[1.0], [-1.0], [2.0], [-2.0]], [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-6, 1e6 / 3])
+def test_constant_features(value):
+    with pytest.raises(ValueError, match="means are equal"):
+        neural_collapse.scatter_ratio(np.full((10, 4), value), [0] * 3 + [1] * 7)

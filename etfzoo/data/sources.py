@@ -7,7 +7,9 @@ augmentation) and its readable name (for error messages).
 
 import dataclasses
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import tensorflow as tf
 
 from etfzoo.data.datasets import DATASETS, EMBEDDED, Dataset
 from etfzoo.errors import EtfzooError, unknown
+
+log = logging.getLogger("etfzoo")
 
 # Splits up to this size are kept in memory, encoded; of larger ones as much is shuffled at a time.
 _MEMORY_BYTES = 1 << 30
@@ -92,7 +96,12 @@ class _TfdsSource(Source):
     def _info(self, split):
         split = self.split(split)
         try:
-            return self.builder.info.splits[split]
+            info = self.builder.info.splits[split]
+            if info.num_examples == 0:
+                raise EtfzooError(f"split {split!r} of data set {self.name} is empty")
+            return info
+        except EtfzooError:
+            raise
         except (KeyError, ValueError, AssertionError) as error:
             known = ", ".join(self.builder.info.splits)
             raise EtfzooError(
@@ -191,10 +200,10 @@ def _tfds_source(name: str, data_dir: str | None) -> Source:
 
 
 def _tfds_builder(tfds, name, row, data_dir):
-    path = Path(name) if data_dir is None else Path(data_dir) / name
+    folder = None if row else _prepared_folder(Path(data_dir or ".") / name)
     try:
-        if (path / "dataset_info.json").is_file():
-            return tfds.builder_from_directory(str(path))
+        if folder is not None:
+            return tfds.builder_from_directory(str(folder))
         builder = tfds.builder(row.tfds if row else name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
         if row is None:
@@ -206,6 +215,7 @@ def _tfds_builder(tfds, name, row, data_dir):
     where = f"under {builder.data_dir}"
     if row is not None and row.manual:
         raise EtfzooError(f"data set {name} is not prepared {where}. {row.manual}")
+    log.info("downloading and preparing %s %s", name, where)
     try:
         builder.download_and_prepare()
     except KeyboardInterrupt:
@@ -218,8 +228,18 @@ def _tfds_builder(tfds, name, row, data_dir):
     return builder
 
 
+def _prepared_folder(path: Path) -> Path | None:
+    """The folder with `dataset_info.json`: the path itself or its last version."""
+    if (path / "dataset_info.json").is_file():
+        return path
+    versions = [p.parent for p in path.glob("*.*.*/dataset_info.json")]
+    return max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], default=None)
+
+
 def _folder_names(data_dir):
-    return set(os.listdir(data_dir)) if data_dir else set()
+    if data_dir is None:
+        return set()
+    return {p.name for p in Path(data_dir).iterdir() if _prepared_folder(p)}
 
 
 def _first_line(error) -> str:
@@ -351,14 +371,16 @@ def _list_images(root: Path, path: Path, classes) -> tuple[tuple[str, int], ...]
         (str(file.relative_to(root)), label)
         for label, name in enumerate(classes)
         for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file()
+        if file.suffix.lower() in _IMAGE_SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
 
 
 def _complete_splits(files) -> dict:
-    """Adds what is missing: a fixed tenth of each class, chosen by the hash of the file's name.
+    """Adds what is missing: a fixed share of each class, chosen by the hash of the file's name.
 
-    The hash keeps an image in its split when others are added, on every machine.
+    The choice is the same on every machine and does not depend on the other classes.
     """
     files = dict(files)
     if "test" not in files:
@@ -369,7 +391,14 @@ def _complete_splits(files) -> dict:
     if "val" in files:
         files["fit"], files["select"] = files["train"], files["val"]
     else:
-        files["fit"], files["select"] = _hold_out(files["train"], 0.1)
+        fit, select = _hold_out(files["train"], 0.1)
+        if select:
+            files["fit"], files["select"] = fit, select
+    if not files["test"]:
+        raise EtfzooError(
+            "no class has two images, so none can be held out for testing: add images, or train/ "
+            "and test/ folders"
+        )
     return files
 
 

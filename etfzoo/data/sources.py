@@ -1,4 +1,4 @@
-"""Where encoded images come from: TFDS data sets and folders of images.
+"""Where encoded images come from: what a source is, and TFDS data sets.
 
 A source knows its classes and splits, and yields records `{image, label, key, record}`: the
 encoded bytes, the class number, a number that identifies the example for ever (the seed of its
@@ -6,7 +6,6 @@ augmentation) and its readable name (for error messages).
 """
 
 import dataclasses
-import hashlib
 import logging
 import os
 import re
@@ -23,8 +22,7 @@ log = logging.getLogger("etfzoo")
 
 # Splits up to this size are kept in memory, encoded; of larger ones as much is shuffled at a time.
 _MEMORY_BYTES = 1 << 30
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
-_KEYS = 2**31 - 1
+KEYS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +74,10 @@ def resolve(name: str, data_dir: str | None = None) -> Source:
         EtfzooError: not found, not prepared, empty, or not an image classification data set.
     """
     if name.startswith("folder:"):
-        return _folder_source(name)
+        from etfzoo.data import folders
+
+        return folders.open_folder(name)
     return _tfds_source(name, data_dir)
-
-
-# ---------------------------------------------------------------------------------------- TFDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +110,7 @@ class _TfdsSource(Source):
             return self._stream(split, shuffle_seed)
         if split not in self.memory:
             self.memory[split] = _in_memory(self._stream(split, None))
-        return _ordered(self.memory[split], shuffle_seed)
+        return ordered(self.memory[split], shuffle_seed)
 
     def _stream(self, split, shuffle_seed):
         import tensorflow_datasets as tfds
@@ -141,7 +138,7 @@ class _TfdsSource(Source):
             return {
                 "image": example[self.image_key],
                 "label": tf.cast(example[self.label_key], tf.int32),
-                "key": tf.strings.to_hash_bucket_fast(example["tfds_id"], _KEYS),
+                "key": tf.strings.to_hash_bucket_fast(example["tfds_id"], KEYS),
                 "record": example["tfds_id"],
             }
 
@@ -162,7 +159,7 @@ def _in_memory(records: tf.data.Dataset) -> dict:
     return {k: tf.concat([b[k] for b in batches], axis=0) for k in batches[0]}
 
 
-def _ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.data.Dataset:
+def ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.data.Dataset:
     """Records from columns in memory, in the given order or in that of a seed."""
     order = np.arange(len(columns["record"]))
     if shuffle_seed is not None:
@@ -279,138 +276,3 @@ def _derived_row(name, builder) -> Dataset:
                 "no fair held-out set; prepare it with shuffling or with a validation split"
             )
     return Dataset(builder.info.full_name, 0, **roles)
-
-
-# -------------------------------------------------------------------------------------- folders
-
-
-@dataclasses.dataclass(frozen=True)
-class _FolderSource(Source):
-    root: Path
-    files: Mapping[str, tuple[tuple[str, int], ...]]
-
-    def _files(self, split):
-        split = self.split(split)
-        if split not in self.files:
-            raise EtfzooError(
-                f"{self.root} has no split {split!r}; it has: {', '.join(self.files)}"
-            )
-        return self.files[split]
-
-    def size(self, split):
-        return len(self._files(split))
-
-    def records(self, split, shuffle_seed=None):
-        files = self._files(split)
-        columns = {
-            "record": tf.constant([path for path, _ in files]),
-            "label": tf.constant([label for _, label in files], tf.int32),
-        }
-        root = str(self.root) + os.sep
-        return _ordered(columns, shuffle_seed).map(
-            lambda r: (
-                r
-                | {
-                    "image": tf.io.read_file(tf.strings.join([root, r["record"]])),
-                    "key": tf.strings.to_hash_bucket_fast(r["record"], _KEYS),
-                }
-            ),
-            num_parallel_calls=2,
-        )
-
-
-def _folder_source(name: str) -> Source:
-    root = Path(name.removeprefix("folder:")).expanduser()
-    if not root.is_dir():
-        raise EtfzooError(f"image folder {root} does not exist")
-    if (root / "train").is_dir():
-        folders = {"train": root / "train"}
-        for split, spellings in (("val", ("val", "validation", "valid")), ("test", ("test",))):
-            found = [root / s for s in spellings if (root / s).is_dir()]
-            if found:
-                folders[split] = found[0]
-        classes = _subfolders(folders["train"])
-        files = {split: _list_images(root, path, classes) for split, path in folders.items()}
-    else:
-        classes = _subfolders(root)
-        files = {"train": _list_images(root, root, classes)}
-    for split, items in files.items():
-        if not items:
-            raise EtfzooError(
-                f"no images in {root} ({split}): expected one subfolder a class with "
-                f"{', '.join(_IMAGE_SUFFIXES)} files"
-            )
-    present = {label for _, label in files["train"]}
-    if len(classes) < 2 or len(present) < len(classes):
-        empty = [c for i, c in enumerate(classes) if i not in present]
-        raise EtfzooError(
-            f"{root} needs at least two class folders, each with training images; found "
-            f"{len(classes)}" + (f", empty: {', '.join(empty[:5])}" if empty else "")
-        )
-    return _FolderSource(
-        name=name,
-        row=Dataset("", len(classes), train="train", fit="fit", select="select", test="test"),
-        class_names=tuple(classes),
-        root=root,
-        files=_complete_splits(files),
-    )
-
-
-def _subfolders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _list_images(root: Path, path: Path, classes) -> tuple[tuple[str, int], ...]:
-    strange = set(_subfolders(path)) - set(classes)
-    if strange:
-        raise EtfzooError(
-            f"{path} has class folders that the training split lacks: "
-            f"{', '.join(sorted(strange)[:5])}"
-        )
-    return tuple(
-        (str(file.relative_to(root)), label)
-        for label, name in enumerate(classes)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in _IMAGE_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-
-
-def _complete_splits(files) -> dict:
-    """Adds what is missing: a fixed share of each class, chosen by the hash of the file's name.
-
-    The choice is the same on every machine and does not depend on the other classes.
-    """
-    files = dict(files)
-    if "test" not in files:
-        if "val" in files:
-            files["test"] = files.pop("val")
-        else:
-            files["train"], files["test"] = _hold_out(files["train"], 0.2)
-    if "val" in files:
-        files["fit"], files["select"] = files["train"], files["val"]
-    else:
-        fit, select = _hold_out(files["train"], 0.1)
-        if select:
-            files["fit"], files["select"] = fit, select
-    if not files["test"]:
-        raise EtfzooError(
-            "no class has two images, so none can be held out for testing: add images, or train/ "
-            "and test/ folders"
-        )
-    return files
-
-
-def _hold_out(items, share):
-    by_class = {}
-    for path, label in items:
-        by_class.setdefault(label, []).append(path)
-    kept, held = [], []
-    for label, paths in by_class.items():
-        order = sorted(paths, key=lambda p: hashlib.sha256(p.encode()).digest())
-        # Training comes first: a class with one image has none to hold out.
-        count = min(max(1, round(share * len(order))), len(order) - 1)
-        held += [(p, label) for p in sorted(order[:count])]
-        kept += [(p, label) for p in sorted(order[count:])]
-    return tuple(kept), tuple(held)

@@ -94,6 +94,8 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
         see `etfzoo.evaluation.summary`; with `C`, `scatter_ratio_train` and `scatter_ratio_test`
         (tr S_W / tr S_B of the frozen features).
     """
+    if config.init is None or config.head != "linear":
+        raise EtfzooError("a linear probe needs a pretrained model and --head=linear")
     training.check_workdir(config, workdir)
     finished = training.finished_result(workdir)
     if finished is not None:

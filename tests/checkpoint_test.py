@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 
 import keras
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import etfzoo
 from etfzoo import checkpoint, files
 from etfzoo.errors import EtfzooError, TrainingDiverged
+from testing import small_disk
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +112,13 @@ def test_pickles_are_refused(tmp_path):
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, model, optimizer):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(tmp_path / "disk", "120m") as disk:
         manager = checkpoint.CheckpointManager(disk)
         manager.save(1, model, optimizer, {"epoch": 1})
         with pytest.raises(EtfzooError, match="No space left on device"):
             manager.save(2, model, optimizer, {"epoch": 2})
         assert os.listdir(manager.directory) == ["step-0000000001.npz"]
         assert manager.restore(model, optimizer)["epoch"] == 1
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_atomic_files(tmp_path):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import threading
 
 import keras
@@ -16,6 +15,7 @@ from PIL import Image
 
 import etfzoo
 from etfzoo import export
+from testing import randomize, small_disk
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 SIDE = 32
@@ -30,20 +30,8 @@ def make(head="etf", seed=1, **changes):
         spec |= {"class_names": NAMES}
     spec |= {"num_classes": len(NAMES) if head is not None else None} | changes
     model = etfzoo.build_classifier("rn18", head=head, **spec)
-    randomise(model, seed)
+    randomize(model, seed, fixed=True)
     return model
-
-
-def randomise(model, seed):
-    rng = np.random.default_rng(seed)
-    for v in model.variables:
-        noise = rng.normal(size=v.shape)
-        if v.name in ("gamma", "moving_variance"):
-            v.assign(np.abs(1 + 0.2 * noise))
-        elif "kernel" in v.name:
-            v.assign(noise * np.sqrt(2 / np.prod(v.shape[:-1])))
-        else:
-            v.assign(0.1 * noise)
 
 
 def pixels(n=4, seed=0):
@@ -359,12 +347,7 @@ def test_bad_places(model, version, tmp_path):
 # 8 MiB end in the weights; 43,900 KiB hold the weights (43,724) and not the graph as well.
 @pytest.mark.parametrize("kibibytes", [8192, 43900])
 def test_full_disk_leaves_nothing(model, tmp_path, kibibytes):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no permission to mount a small disk")
-    try:
+    with small_disk(tmp_path / "disk", f"{kibibytes}k") as disk:
         target = disk / "models" / "rn18_etf.x"
         with pytest.raises(etfzoo.EtfzooError) as error:
             etfzoo.publish(model, target)
@@ -373,8 +356,6 @@ def test_full_disk_leaves_nothing(model, tmp_path, kibibytes):
             "choose another directory"
         )
         assert leftovers(disk) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(

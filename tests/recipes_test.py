@@ -14,6 +14,7 @@ from PIL import Image
 
 import etfzoo
 from etfzoo import checkpoint
+from testing import small_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
@@ -213,18 +214,11 @@ def test_sigterm_saves_exits_75_and_resumes_bit_equal(pretrained, embedded_dir, 
 
 
 def test_a_full_disk_while_training(embedded_dir, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(tmp_path / "disk", "20m") as disk:
         flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
         _, err = _run("pretrain", *flags, f"--workdir={disk}/run", code=2)
         _assert_one_line(err, "No space left on device")
         assert not list(disk.rglob("*.npz")) and not list(disk.rglob("*.tmp"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow

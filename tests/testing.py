@@ -1,11 +1,14 @@
 """Helpers that several test files share."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -47,11 +50,11 @@ def fresh_python(code, *args, **environment):
     return process.stdout
 
 
-def randomize(model, seed=0):
-    """Brings a model into a state that no initializer gives: every variable but an ETF's kernel."""
+def randomize(model, seed=0, fixed=False):
+    """Brings a model into a state that no initializer gives; an ETF's kernel only if `fixed`."""
     rng = np.random.default_rng(seed)
     for v in model.variables:
-        if v.path == "logits/kernel" and not v.trainable:
+        if v.path == "logits/kernel" and not v.trainable and not fixed:
             continue
         noise = rng.normal(size=v.shape)
         if v.name in ("gamma", "moving_variance"):
@@ -61,3 +64,16 @@ def randomize(model, seed=0):
         else:
             v.assign(0.1 * noise)
     return model
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    """A file system of `size` (as mount spells it, e.g. "20m") at a new folder; root only."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)

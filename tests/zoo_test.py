@@ -14,6 +14,7 @@ import pytest
 
 import etfzoo
 from etfzoo import backbones, classifier, export, weights, zoo
+from testing import randomize
 
 SIDE = 32
 CHECKOUT = Path(zoo.__file__).parents[1]
@@ -24,15 +25,7 @@ def make(head="etf", num_classes=5, seed=1, **changes):
     model = etfzoo.build_classifier(
         "rn18", num_classes, head=head, input_shape=(SIDE, SIDE, 3), **changes
     )
-    rng = np.random.default_rng(seed)
-    for v in model.variables:
-        noise = rng.normal(size=v.shape)
-        if v.name in ("gamma", "moving_variance"):
-            v.assign(np.abs(1 + 0.2 * noise))
-        elif "kernel" in v.name:
-            v.assign(noise * np.sqrt(2 / np.prod(v.shape[:-1])))
-        else:
-            v.assign(0.1 * noise)
+    randomize(model, seed, fixed=True)
     return model
 
 

@@ -97,6 +97,7 @@ def pretrained(embedded_dir, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_config_json_repeats_the_run_bit_for_bit(pretrained, tmp_path):
     _run("pretrain", f"--config={pretrained}/config.json", f"--workdir={tmp_path / 'again'}")
     _assert_bit_equal(pretrained, tmp_path / "again")
@@ -200,6 +201,7 @@ def test_sigkill_and_restart_ends_bit_equal(moment, embedded_dir, tmp_path):
     _assert_bit_equal(tmp_path / "whole", killed)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_75_and_resumes_bit_equal(pretrained, embedded_dir, tmp_path):
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=2")
     _run("pretrain", *flags, f"--workdir={tmp_path}/whole")

@@ -200,6 +200,8 @@ class _Run:
                 "resuming %s at epoch %d, step %d",
                 self.workdir, self.state["epoch"] + 1, self.state["step"],
             )  # fmt: skip
+            # The process may have died between its last checkpoint and the log files.
+            self._write_logs()
         writer = tf.summary.create_file_writer(str(self.workdir / "tensorboard"))
         with _StopRequest() as stop, writer.as_default():
             try:
@@ -278,6 +280,13 @@ class _Run:
         self.checkpoints.save(step, self.model, self.optimizer, self.state, best)
 
     def _log(self, row):
+        self._write_logs()
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                tf.summary.scalar(name, value, step=row["epoch"])
+        tf.summary.flush()
+
+    def _write_logs(self):
         """Log files are rewritten from the history, so that a resumed run repeats no row."""
         rows = self.state["history"]
         files.write_text(
@@ -289,10 +298,6 @@ class _Run:
         writer.writeheader()
         writer.writerows(rows)
         files.write_text(self.workdir / "metrics.csv", table.getvalue())
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                tf.summary.scalar(name, value, step=row["epoch"])
-        tf.summary.flush()
 
     def _diverged(self, error):
         kept = self.checkpoints.paths()

@@ -138,6 +138,11 @@ def print_assumed(config, task):
         print(f"assumed (not in the protocol's source): {values}", flush=True)
 
 
+def data_dir_flag(config) -> str:
+    """The `--data_dir` of a run, as it belongs into a suggested next command."""
+    return f" --data_dir={config.data_dir}" if config.data_dir else ""
+
+
 def parse_numbers(name) -> list[float]:
     """Values of a `numbers` flag.
 

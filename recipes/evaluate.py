@@ -14,12 +14,11 @@ from cli import FLAGS
 
 def main():
     import etfzoo
-    from etfzoo import evaluation, files, plots, strategy
+    from etfzoo import evaluation, files, plots
     from etfzoo.data import sources
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    strategy.get_strategy(FLAGS.strategy)
     model = etfzoo.load(FLAGS.model)
     source = sources.resolve(FLAGS.dataset, FLAGS.data_dir)
     predictions = evaluation.evaluate(model, source, FLAGS.split, FLAGS.batch_size)
@@ -47,6 +46,5 @@ if __name__ == "__main__":
     cli.data_flags("imagenet2012")
     cli.string("Data", "split", "test", "a split, or a role: train, fit, select or test")
     cli.integer("Machine", "batch_size", 128, "images a step")
-    cli.string("Machine", "strategy", "auto", "auto, one_device or tpu")
     cli.string("Files", "output", None, "directory of the report (default: below runs/evaluate)")
     cli.run(main, __doc__)

@@ -48,7 +48,7 @@ def main():
         f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
         f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images of the "
         f"{config.eval_split} split\nnext: python recipes/evaluate.py --model={workdir} "
-        f"--dataset={config.dataset}"
+        f"--dataset={config.dataset}{cli.data_dir_flag(config)}"
     )
 
 

@@ -34,6 +34,7 @@ def main():
         f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
         f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images\n"
         f"next: python recipes/finetune.py --model={workdir} --dataset=oxford_flowers102"
+        f"{cli.data_dir_flag(config)}"
     )
 
 

@@ -94,16 +94,14 @@ class _TfdsSource(Source):
         split = self.split(split)
         try:
             info = self.builder.info.splits[split]
-            if info.num_examples == 0:
-                raise EtfzooError(f"split {split!r} of data set {self.name} is empty")
-            return info
-        except EtfzooError:
-            raise
         except (KeyError, ValueError, AssertionError) as error:
             known = ", ".join(self.builder.info.splits)
             raise EtfzooError(
                 f"data set {self.name} has no split {split!r}; it has: {known}"
             ) from error
+        if info.num_examples == 0:
+            raise EtfzooError(f"split {split!r} of data set {self.name} is empty")
+        return info
 
     def records(self, split, shuffle_seed=None):
         if self._bytes(split) > _MEMORY_BYTES:
@@ -215,8 +213,6 @@ def _tfds_builder(tfds, name, row, data_dir):
     log.info("downloading and preparing %s %s", name, where)
     try:
         builder.download_and_prepare()
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # TFDS raises whatever its download library raises
         raise EtfzooError(
             f"data set {name} is not prepared {where} and could not be downloaded: "

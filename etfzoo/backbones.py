@@ -5,11 +5,15 @@ Keras, and it is built offline by a plain constructor.
 """
 
 import dataclasses
+import re
 
 import keras
 import keras_cv
 
-from etfzoo.errors import unknown
+from etfzoo.errors import EtfzooError, unknown
+from etfzoo.layers import SwitchableWhitening
+
+NORMS = ("bn", "sw")
 
 # torch's value, in whose framework the paper's networks were trained. Keras's default of 0.99 needs
 # hundreds of steps before evaluation sees the statistics that training uses.
@@ -44,12 +48,13 @@ def get_backbone(name: str) -> Backbone:
     return BACKBONES[name]
 
 
-def apply_backbone(name: str, images) -> keras.KerasTensor:
+def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
     """Calls a fresh backbone on a symbolic image tensor.
 
     Args:
         name: a row of `BACKBONES`.
         images: KerasTensor `[N, H, W, 3]`, normalised.
+        norm: `"bn"`, or `"sw"` for Switchable Whitening at the published places.
 
     Returns:
         The last feature map, `[N, H/32, W/32, feature_dim]` (rounded up), in the graph of
@@ -67,9 +72,61 @@ def apply_backbone(name: str, images) -> keras.KerasTensor:
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = BATCH_NORM_MOMENTUM
+    if norm == "sw":
+        network = whiten(network, images)
     # ResNetBackbone clones its graph when its input is not an Input; the layer's first node is
     # still the one that hangs on `images`.
     return network.layers[-1].output
+
+
+def whiten(network: keras.Model, inputs=None, **options) -> keras.Model:
+    """A copy of a KerasCV ResNet with Switchable Whitening at the published places.
+
+    Those are (Pan et al. 2019) the norm of the stem, and in stages 1 to 3 the norm after the 3x3
+    convolution of every second block, the first norm of a basic block: 7 layers in ResNet50, 15 in
+    ResNet101. Layer names stay, and so do the weights of the layers that stay.
+
+    Args:
+        network: a functional model with the layer names of `keras_cv.models.ResNetBackbone`.
+        inputs: KerasTensor to build the copy on; None makes a new Input.
+        **options: arguments of `etfzoo.layers.SwitchableWhitening`; momentum and dtype policy are
+            otherwise those of the batch norm whose place it takes.
+
+    Returns:
+        A plain functional Keras model.
+
+    Raises:
+        EtfzooError: no such norm in the network.
+    """
+    bottleneck = any(layer.name.endswith("_3_bn") for layer in network.layers)
+    number = 2 if bottleneck else 1
+    # Blocks are counted from 1.
+    place = re.compile(rf"conv1_bn|v2_stack_[012]_block\d*[02468]_{number}_bn")
+    swapped = [layer.name for layer in network.layers if place.fullmatch(layer.name)]
+    if len(swapped) < 2:
+        raise EtfzooError(f"{network.name} is not a KerasCV ResNet: it has none of its norms")
+
+    if inputs is None:
+        old = network.input
+        inputs = keras.Input(batch_shape=old.shape, dtype=old.dtype, name=network.layers[0].name)
+
+    def clone(layer):
+        if layer.name not in swapped:
+            return layer.__class__.from_config(layer.get_config())
+        defaults = {"momentum": layer.momentum, "dtype": layer.dtype_policy}
+        return SwitchableWhitening(name=layer.name, **(defaults | options))
+
+    copy = keras.models.clone_model(
+        network,
+        input_tensors=inputs,
+        clone_function=clone,
+        # KerasCV's norms are called with a mask of None.
+        call_function=lambda layer, *args, **kwargs: layer(*args, **kwargs),
+    )
+    for layer in network.layers:
+        if layer.weights and layer.name not in swapped:
+            copy.get_layer(layer.name).set_weights(layer.get_weights())
+    return copy
 
 
 def tap_layers(name: str) -> dict[str, str]:

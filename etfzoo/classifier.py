@@ -10,7 +10,6 @@ from etfzoo.errors import EtfzooError, unknown
 from etfzoo.layers.etf_classifier import FEATURE_NORMS, ETFClassifier, full_precision
 
 HEADS = ("etf", "linear")
-NORMS = ("bn",)
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -46,8 +45,8 @@ class ClassifierSpec:
             raise unknown("head", self.head, HEADS)
         if self.head != "etf" and (self.feature_norm, self.scale) != ("none", 1.0):
             raise EtfzooError("feature_norm and scale belong to the etf head")
-        if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
+        if self.norm not in backbones.NORMS:
+            raise unknown("norm", self.norm, backbones.NORMS)
         if self.feature_norm not in FEATURE_NORMS:
             raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
         if len(self.input_shape) != 3 or self.input_shape[-1] != 3:
@@ -95,7 +94,7 @@ class ImageClassifier(keras.Model):
                 name="normalize",
                 dtype=dtype,
             )(images)
-            x = backbones.apply_backbone(spec.backbone, x)
+            x = backbones.apply_backbone(spec.backbone, x, spec.norm)
             x = keras.layers.GlobalAveragePooling2D(name="features")(x)
             if spec.head == "etf":
                 x = ETFClassifier(
@@ -147,7 +146,8 @@ def build_classifier(
         backbone: `"rn18"`, `"rn34"`, `"rn50"` or `"rn101"`.
         num_classes: K, or None with `head=None`.
         head: `"etf"` (fixed simplex ETF), `"linear"` (trainable, with bias) or None (features).
-        norm: normalisation in the backbone; `"bn"`.
+        norm: normalisation in the backbone: `"bn"`, or `"sw"` for Switchable Whitening at the
+            published places (see `etfzoo.backbones.whiten`) and batch norm elsewhere.
         input_shape: `(height, width, 3)`; height and width may be None.
         feature_norm: `"none"`, `"bn"`, `"l2"` or `"bn_l2"`; ETF head only.
         scale: factor on the ETF head's logits; None means 16 on L2-normalised features, else 1.

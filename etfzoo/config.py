@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 from etfzoo import files
-from etfzoo.backbones import BACKBONES
-from etfzoo.classifier import HEADS, NORMS
+from etfzoo.backbones import BACKBONES, NORMS
+from etfzoo.classifier import HEADS
 from etfzoo.data.augment import CROPS
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.layers.etf_classifier import FEATURE_NORMS
@@ -42,7 +42,8 @@ class TrainConfig:
         schedule: `cosine` (to zero), `step` (times `step_factor` at `step_epochs`) or `constant`.
         warmup_epochs: linear warm-up from zero, in epochs.
         momentum, nesterov: of SGD.
-        weight_decay: L2 coefficient, added to the gradient BEFORE momentum, on kernels only.
+        weight_decay: L2 coefficient, added to the gradient BEFORE momentum, on kernels.
+        decay_all: whether L2 counts for biases, gamma, beta and the logits of `sw` too.
         label_smoothing: share of the target spread over all classes.
         mixed_precision: `none` or `bfloat16`.
         seed: of initialisation, order, augmentation and the ETF.
@@ -82,6 +83,7 @@ class TrainConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 2e-4
+    decay_all: bool = False
     label_smoothing: float = 0.0
     mixed_precision: str = "none"
     seed: int = 0

@@ -23,10 +23,13 @@ def cross_entropy(labels, logits, label_smoothing: float = 0.0):
     return -ops.sum(target * ops.log_softmax(logits, axis=-1), axis=-1)
 
 
-def decayed(variable: keras.Variable) -> bool:
-    """Whether L2 applies: to kernels, not to gamma, beta and biases; a fixed ETF is not trained.
+def decayed(variable: keras.Variable, everything: bool = False) -> bool:
+    """Whether L2 applies: to kernels only, or to everything that is trained.
+
+    The rest are biases, gamma, beta and the logits of SwitchableWhitening; a fixed ETF is not
+    trained.
 
     A rule on names rather than a setting of the optimizer, because Keras's
     `exclude_from_weight_decay` does not survive saving.
     """
-    return variable.trainable and variable.path.rsplit("/", 1)[-1] == "kernel"
+    return variable.trainable and (everything or variable.path.rsplit("/", 1)[-1] == "kernel")

@@ -53,6 +53,14 @@ _PAPER_ASSUMED = {
         "image_size", "augment", "crop",
     ),
 }  # fmt: skip
+_STANDARD_FINETUNE = {
+    "epochs": 50,
+    "batch_size": 64,
+    "learning_rate": 0.01,
+    "nesterov": True,
+    "weight_decay": 1e-4,
+    "min_area": 0.25,
+}
 _LOW_RESOLUTION = {"augment": "shift", "crop": 1.0}
 _CROPS = {"augment": "resized_crop", "crop": 0.875}
 
@@ -85,15 +93,41 @@ PROTOCOLS = {
             "weight_decay": 1e-4,
             "min_area": 0.08,
         },
-        finetune=_CROPS
+        finetune=_CROPS | _STANDARD_FINETUNE,
+    ),
+    "sw_official": Protocol(
+        source="Pan et al. 2019, Switchable Whitening, and its ImageNet script",
+        pretrain=_CROPS
         | {
-            "epochs": 50,
-            "batch_size": 64,
-            "learning_rate": 0.01,
-            "nesterov": True,
+            "epochs": 100,
+            "batch_size": 256,
+            "learning_rate": 0.1,
+            "schedule": "step",
+            "step_epochs": (30, 60, 90),
+            "step_factor": 0.1,
+            "momentum": 0.9,
             "weight_decay": 1e-4,
-            "min_area": 0.25,
+            "decay_all": True,
+            "min_area": 0.08,
         },
+        # The source does not fine-tune a classifier.
+        finetune=_CROPS | _STANDARD_FINETUNE,
+        assumed={
+            "pretrain": ("image_size", "augment", "min_area", "crop", "label_smoothing"),
+            "finetune": (
+                "epochs",
+                "batch_size",
+                "learning_rate",
+                "schedule",
+                "momentum",
+                "nesterov",
+                "weight_decay",
+                "image_size",
+                "augment",
+                "min_area",
+                "crop",
+            ),
+        },  # fmt: skip
     ),
     "quickstart": Protocol(
         source="etfzoo: small images, few epochs, for a laptop",

@@ -20,15 +20,24 @@ class Stepper:
         strategy: a tf.distribute strategy.
         weight_decay: L2 coefficient on the variables that `losses.decayed` names.
         label_smoothing: see `losses.cross_entropy`.
+        decay_all: whether L2 counts for all trainable variables.
     """
 
-    def __init__(self, model, optimizer, strategy, weight_decay=0.0, label_smoothing=0.0):
+    def __init__(
+        self,
+        model,
+        optimizer,
+        strategy,
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        decay_all=False,
+    ):
         self.model = model
         self.optimizer = optimizer
         self.strategy = strategy
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
-        self._decayed = [losses.decayed(v) for v in model.trainable_variables]
+        self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
         self._train = tf.function(self._distributed_train, reduce_retracing=True)
         self.evaluate = evaluation_step(model, label_smoothing)
 
@@ -98,6 +107,14 @@ def set_determinism(deterministic: bool) -> None:
     """Makes TensorFlow's ops repeat bit for bit; cannot be undone in this process."""
     if deterministic:
         tf.config.experimental.enable_op_determinism()
+
+
+def use_full_float32() -> None:
+    """Keeps float32 products at 24 bits on GPUs, where TensorFlow would round them to TF32.
+
+    The switch is TensorFlow's and counts for the whole process; whitening needs it.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
 def is_tensorflow() -> bool:

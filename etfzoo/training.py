@@ -104,6 +104,8 @@ def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
     """The classifier that a configuration starts from."""
     policy = {"none": "float32", "bfloat16": "mixed_bfloat16"}[config.mixed_precision]
     size = config.image_size
+    if config.norm == "sw":
+        step_tf.use_full_float32()
     common = {
         "feature_norm": config.feature_norm,
         "scale": config.scale,
@@ -186,7 +188,12 @@ class _Run:
             )
             self.optimizer.build(model.trainable_variables)
         self.stepper = step_tf.Stepper(
-            model, self.optimizer, strategy, config.weight_decay, config.label_smoothing
+            model,
+            self.optimizer,
+            strategy,
+            config.weight_decay,
+            config.label_smoothing,
+            config.decay_all,
         )
         self.checkpoints = CheckpointManager(workdir, config.keep_checkpoints)
         # Everything that the loop needs to go on as if it had never stopped.

@@ -115,9 +115,8 @@ def info(name_or_path) -> dict:
 
     Returns:
         A dict with `name`, `version`, `path` and `size_bytes` (None where it is not here),
-        `published`, `spec` (the arguments of `etfzoo.build_classifier`; None where this version
-        cannot build it), `num_classes`, `class_names`, `input_shape`, `command`, `provenance`,
-        `metrics`, `licence` and `created`.
+        `published`, `spec` (the arguments of `etfzoo.build_classifier`), `num_classes`,
+        `class_names`, `input_shape`, `command`, `provenance`, `metrics`, `licence`, `created`.
 
     Raises:
         EtfzooError: as `load`.
@@ -127,10 +126,7 @@ def info(name_or_path) -> dict:
         raise EtfzooError(f"{source} is a training run; info describes published models")
     if source.folder is None:
         row = source.row
-        try:
-            spec = dataclasses.asdict(source.spec())
-        except EtfzooError:
-            spec = None
+        spec = dataclasses.asdict(source.spec())
         metadata = {"provenance": {"dataset": row["dataset"], "command": row["command"]}}
         summary = row
     else:
@@ -175,11 +171,6 @@ class _Source:
             return export.read_metadata(self.folder)["spec"]
         backbone, method = self.name.split(".")[0].split("_")
         head, norm = METHODS[method]
-        if norm not in classifier.NORMS:
-            raise EtfzooError(
-                f"{self.name} needs norm={norm!r}, which this version of etfzoo cannot build; "
-                f"it has: {', '.join(classifier.NORMS)}"
-            )
         return ClassifierSpec(
             backbone,
             self.row["num_classes"],

@@ -79,7 +79,8 @@ def training_flags(protocol):
         "Training",
         "protocol",
         protocol,
-        "paper, paper_lowres, standard or quickstart: where unset flags take their values from",
+        "paper, paper_lowres, standard, sw_official or quickstart: where unset flags take their "
+        "values from",
     )
     integer("Training", "epochs", None, "passes over the training split")
     integer("Training", "batch_size", None, "images a step, over all devices")
@@ -88,6 +89,7 @@ def training_flags(protocol):
     real("Training", "momentum", None, "of SGD")
     boolean("Training", "nesterov", None, "Nesterov's momentum")
     real("Training", "label_smoothing", None, "share of the target spread over all classes")
+    boolean("Training", "decay_all", None, "L2 on biases, gamma, beta and logits of sw too")
     integer("Training", "seed", 0, "of weights, order, augmentation and the ETF")
     string("Machine", "strategy", "auto", "auto, one_device or tpu")
     string("Machine", "tpu", None, "TPU name or address; local for the one in this machine")

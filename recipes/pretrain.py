@@ -2,6 +2,7 @@
 
   python recipes/pretrain.py --head=etf                  # the paper: RN50, ImageNet, 180 epochs
   python recipes/pretrain.py --head=etf --strategy=tpu   # the same on a TPU
+  python recipes/pretrain.py --head=linear --norm=sw --protocol=sw_official
   python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart
   python recipes/pretrain.py --dataset=folder:photos --backbone=rn18 --protocol=quickstart
 
@@ -20,10 +21,10 @@ def main():
     config = cli.train_config("pretrain")
     workdir = FLAGS.workdir or (
         f"runs/{config.dataset.replace(':', '_').replace('/', '_')}_{config.image_size}_"
-        f"{config.backbone}_{config.head}_s{config.seed}"
+        f"{config.backbone}_{config.head}{'_sw' if config.norm == 'sw' else ''}_s{config.seed}"
     )
     print(
-        f"pretraining {config.backbone} ({config.head} head) on {config.dataset} at "
+        f"pretraining {config.backbone} ({config.head} head, {config.norm}) on {config.dataset} at "
         f"{config.image_size} px for {config.epochs} epochs, etfzoo {etfzoo.__version__} -> "
         f"{workdir}",
         flush=True,
@@ -42,7 +43,7 @@ if __name__ == "__main__":
     model = "Model"
     cli.string(model, "backbone", "rn50", "rn18, rn34, rn50 or rn101")
     cli.string(model, "head", "etf", "etf (fixed) or linear (trainable)")
-    cli.string(model, "norm", "bn", "normalisation in the backbone: bn")
+    cli.string(model, "norm", "bn", "batch norm (bn) or Switchable Whitening at its places (sw)")
     cli.string(model, "feature_norm", "none", "features before the ETF: none, bn, l2 or bn_l2")
     cli.real(model, "scale", None, "factor on the ETF's logits (default: 1, on l2 features 16)")
     cli.data_flags("imagenet2012")

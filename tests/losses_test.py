@@ -65,6 +65,16 @@ def test_decayed_weights_are_the_trained_kernels(head):
     assert losses.decayed(etf_kernel) == (head == "linear")
 
 
+def test_everything_that_is_trained_is_decayed_on_request():
+    model = build_classifier("rn18", 5, "etf", "sw", (32, 32, 3))
+    decayed = {v.path for v in model.variables if losses.decayed(v, everything=True)}
+    assert decayed == {v.path for v in model.trainable_variables}
+    names = {path.rsplit("/", 1)[-1] for path in decayed}
+    assert names == {"kernel", "gamma", "beta", "mean_logits", "covariance_logits"}
+    kernels = {v.path for v in model.variables if losses.decayed(v)}
+    assert {path.rsplit("/", 1)[-1] for path in kernels} == {"kernel"}
+
+
 def test_a_frozen_kernel_is_not_decayed():
     layer = keras.layers.Dense(2)
     layer.build((None, 3))

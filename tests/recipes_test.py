@@ -224,6 +224,28 @@ def test_a_full_disk_while_training(embedded_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_switchable_whitening_from_pretraining_to_fine_tuning(embedded_dir, tmp_path):
+    data, run = f"--data_dir={embedded_dir}", tmp_path / "run"
+    flags = ("--head=linear", "--norm=sw", "--backbone=rn18", "--protocol=sw_official", data)
+    flags += ("--image_size=32", "--epochs=1", "--batch_size=50", "--dataset=digits")
+    out, _ = _run("pretrain", *flags, f"--workdir={run}")
+    assert "top-1" in out and "assumed (not in the protocol's source): image_size=32" in out
+    config = json.loads((run / "config.json").read_text())
+    assert (config["schedule"], config["decay_all"], config["weight_decay"]) == ("step", True, 1e-4)
+    assert (config["norm"], config["head"], config["learning_rate"]) == ("sw", "linear", 0.1)
+    model = etfzoo.load(run)
+    etfzoo.publish(model, tmp_path / "rn18_sw.digits")
+    flags = (f"--model={tmp_path}/rn18_sw.digits", "--dataset=shapes/outlines", data, *TINY)
+    _run("finetune", *flags, f"--workdir={tmp_path}/tuned")
+    tuned = etfzoo.load(tmp_path / "tuned")
+    assert tuned.spec.norm == "sw" and tuned.spec.num_classes == 10
+    before, after = (m.get_layer("conv1_bn").moving_covariance for m in (model, tuned))
+    assert np.abs(np.asarray(before) - np.asarray(after)).max() > 1e-3
+    _, err = _run("pretrain", "--norm=ws", code=2, cwd=tmp_path)
+    _assert_one_line(err, "unknown norm 'ws'; did you mean sw")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "precision"), [("rn50", "none"), ("rn50", "bfloat16"), ("rn101", "none")]
 )

@@ -30,17 +30,21 @@ def _gradients(kernel, bias, x, y):
     return x.T @ p, p.sum(0)
 
 
+@pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov):
+def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all):
     model = _model()
     optimizer = keras.optimizers.SGD(RATE, momentum=MOMENTUM, nesterov=nesterov, name="sgd")
     optimizer.build(model.trainable_variables)
-    stepper = Stepper(model, optimizer, tf.distribute.get_strategy(), weight_decay=DECAY)
+    stepper = Stepper(
+        model, optimizer, tf.distribute.get_strategy(), weight_decay=DECAY, decay_all=decay_all
+    )
     weights = [np.array(v.value) for v in model.trainable_variables]
     velocity = [np.zeros_like(w) for w in weights]
     for x, y in _batches():
         gradients = list(_gradients(*weights, x, y))
-        gradients[0] = gradients[0] + DECAY * weights[0]  # the bias is not decayed
+        for i in range(2 if decay_all else 1):  # otherwise the bias is not decayed
+            gradients[i] = gradients[i] + DECAY * weights[i]
         for i, g in enumerate(gradients):
             velocity[i] = MOMENTUM * velocity[i] + g
             update = g + MOMENTUM * velocity[i] if nesterov else velocity[i]

@@ -141,15 +141,12 @@ class SwitchableWhitening(keras.layers.Layer):
         n, positions = shape[0], math.prod(shape[1:-1])
         c = self.group_size
         groups = self.moving_covariance.shape[0]
-        small = (-1, groups, 1, c)  # a vector for each group; tensors over positions are `[n, g,
-        # m, c]`, so that every product below is a batched one of thin matrices
+        vectors = (-1, groups, 1, c)
 
+        # [n, g, m, c]: each group is a matrix of its own, so that all products are batched.
         x = ops.cast(inputs, self.statistics_dtype)
         x = ops.transpose(ops.reshape(x, (n, positions, groups, c)), (0, 2, 1, 3))
-        mean = ops.sum(x, axis=2, keepdims=True) / ops.cast(positions, self.statistics_dtype)
-        # Centred by a constant: raw second moments lose digits where the mean is large.
-        x = x - ops.stop_gradient(mean)
-        covariance = _second_moment(x)
+        x, mean, covariance = _centred_moments(x)
 
         if training:
             batch_mean = self._batch_average(mean)
@@ -161,14 +158,16 @@ class SwitchableWhitening(keras.layers.Layer):
             self._update(self.moving_mean, batch_mean)
             self._update(self.moving_covariance, batch_covariance)
         else:
-            offset = mean - ops.reshape(self.moving_mean, small)
+            offset = mean - ops.reshape(self.moving_mean, vectors)
             batch_covariance = ops.expand_dims(self.moving_covariance, 0)
 
         offset, covariance = self._mix(mean, offset, covariance, batch_covariance)
         whitening = _inverse_square_root(covariance, self.iterations)
         # Rows are vectors here, and the whitening matrix is symmetric.
-        matrix = whitening * ops.reshape(self.gamma, small)
-        bias = ops.matmul(offset, matrix) + ops.reshape(self.beta, small)
+        matrix = whitening * ops.reshape(self.gamma, vectors)
+        # x is centred by a constant: no derivative may flow through the mean that is put back.
+        offset = offset + (ops.stop_gradient(mean) - mean)
+        bias = ops.matmul(offset, matrix) + ops.reshape(self.beta, vectors)
         y = ops.matmul(x, matrix) + bias
         y = ops.reshape(ops.transpose(y, (0, 2, 1, 3)), shape)
         return ops.cast(y, self.compute_dtype)
@@ -218,16 +217,26 @@ class SwitchableWhitening(keras.layers.Layer):
         }
 
 
-def _second_moment(x):
-    """x^T x / m of `[..., m, c]`, differentiable once at half the price.
+@ops.custom_gradient
+def _centred_moments(x):
+    """`[n, g, m, c]` centred over m, its mean `[n, g, 1, c]` and biased covariance `[n, g, c, c]`.
 
-    The derivative of x^T x is x (dS + dS^T): one product in place of the two of autodiff, once the
-    result is symmetric and one of the factors counts as a constant.
+    Centred, because raw second moments lose digits where the mean is large. What was subtracted
+    counts as a constant: the caller sees to the derivative through the mean. The gradient is given
+    by hand because autodiff takes a second product and one more tensor of the size of x.
     """
     rows = ops.cast(ops.shape(x)[-2], x.dtype)
-    product = ops.matmul(ops.swapaxes(ops.stop_gradient(x), -1, -2), x) / rows
-    product = 0.5 * (product + ops.swapaxes(product, -1, -2))
-    return 2 * product - ops.stop_gradient(product)
+    mean = ops.sum(x, axis=-2, keepdims=True) / rows
+    centred = x - mean
+    covariance = ops.matmul(ops.swapaxes(centred, -1, -2), centred) / rows
+
+    def gradient(*upstream):
+        # JAX passes one tuple, the others three arguments.
+        d_centred, d_mean, d_covariance = upstream[0] if len(upstream) == 1 else upstream
+        d_covariance = (d_covariance + ops.swapaxes(d_covariance, -1, -2)) / rows
+        return d_centred + ops.matmul(centred, d_covariance) + d_mean / rows
+
+    return (centred, mean, covariance), gradient
 
 
 def _inverse_square_root(matrices, iterations):

@@ -57,7 +57,7 @@ class TrainConfig:
         strategy, tpu, num_virtual_devices: see `etfzoo.strategy.get_strategy`.
         synchronize_norms: whether norms take their statistics over all replicas.
         steps_per_execution: steps between two looks at the clock, signals and checkpoints.
-        jit_compile: whether XLA compiles the step; None: on one GPU.
+        jit_compile: whether XLA compiles the step; None: on one GPU, when not deterministic.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; evaluated epochs end with one too.
         keep_checkpoints: number of latest checkpoints that are kept, beside the best.
@@ -125,6 +125,11 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
+        if self.jit_compile and self.deterministic:
+            raise EtfzooError(
+                "XLA's max-pooling has no deterministic gradient: with --jit_compile add "
+                "--nodeterministic"
+            )
         for name, low, high in (
             ("image_size", 1, 8192),
             ("epochs", 1, math.inf),

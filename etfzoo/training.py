@@ -213,7 +213,7 @@ class _Run:
             config.weight_decay,
             config.label_smoothing,
             config.decay_all,
-            config.jit_compile,
+            False if config.deterministic else config.jit_compile,
         )
         self.evaluate = step_tf.evaluation_step(model, config.label_smoothing, strategy)
         self.checkpoints = CheckpointManager(workdir, config.keep_checkpoints)

@@ -101,7 +101,9 @@ def training_flags(protocol):
     boolean("Machine", "synchronize_norms", True, "norm statistics over all replicas")
     string("Machine", "mixed_precision", "none", "none, bfloat16 or float16 (with loss scaling)")
     integer("Machine", "steps_per_execution", 1, "steps between two looks at signals and the clock")
-    boolean("Machine", "jit_compile", None, "compile the step with XLA (default: on one GPU)")
+    boolean(
+        "Machine", "jit_compile", None, "compile with XLA (default: one GPU, --nodeterministic)"
+    )
     boolean("Machine", "deterministic", True, "repeat bit for bit (slower on some devices)")
     integer("Training", "eval_every", 1, "epochs between evaluations")
     integer("Machine", "checkpoint_every", 500, "steps between checkpoints")

@@ -30,14 +30,20 @@ def _gradients(kernel, bias, x, y):
     return x.T @ p, p.sum(0)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all):
+def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all, jit_compile):
     model = _model()
     optimizer = keras.optimizers.SGD(RATE, momentum=MOMENTUM, nesterov=nesterov, name="sgd")
     optimizer.build(model.trainable_variables)
     stepper = Stepper(
-        model, optimizer, tf.distribute.get_strategy(), weight_decay=DECAY, decay_all=decay_all
+        model,
+        optimizer,
+        tf.distribute.get_strategy(),
+        weight_decay=DECAY,
+        decay_all=decay_all,
+        jit_compile=jit_compile,
     )
     weights = [np.array(v.value) for v in model.trainable_variables]
     velocity = [np.zeros_like(w) for w in weights]

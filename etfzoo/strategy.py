@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -180,6 +181,7 @@ def _multiworker_strategy():
         raise EtfzooError(f"--strategy=multiworker does not know the workers: {_MULTIWORKER_HELP}")
     try:
         with _telling_that_it_waits(resolver):
+            _wait_for_chief(resolver)
             return tf.distribute.MultiWorkerMirroredStrategy(resolver)
     except RuntimeError as error:
         raise EtfzooError(
@@ -212,6 +214,25 @@ def _telling_that_it_waits(resolver, seconds=20):
     finally:
         joined.set()
         thread.join()
+
+
+def _wait_for_chief(resolver):
+    """Returns when the chief listens, or here is the chief.
+
+    TensorFlow would wait as well, but holding Python's lock: nothing could be said, and Ctrl-C
+    would not be heard.
+    """
+    cluster = resolver.cluster_spec()
+    job = "chief" if "chief" in cluster.jobs else "worker"
+    if (resolver.task_type, resolver.task_id) == (job, 0):
+        return
+    host, _, port = cluster.task_address(job, 0).rpartition(":")
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
 
 
 def _checked_tf_config(text) -> str:

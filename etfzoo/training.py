@@ -72,8 +72,9 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
 
 def _train(config, workdir, strategy):
     step_tf.set_determinism(config.deterministic)
-    keras.utils.set_random_seed(config.seed)
     source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
+    # After the data: preparing a data set draws random numbers too, and happens only once.
+    keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         model = make_model(config, source)
     several = strategy.num_replicas_in_sync > 1

@@ -43,7 +43,9 @@ class CheckpointManager:
     def best(self) -> Path:
         return self.directory / "best.npz"
 
-    def save(self, step: int, model, optimizer, state: dict, best: bool = False) -> Path:
+    def save(
+        self, step: int, model, optimizer, state: dict, best: bool = False, write: bool = True
+    ) -> Path:
         """Writes a checkpoint, then removes those that are too old.
 
         Args:
@@ -52,6 +54,8 @@ class CheckpointManager:
             optimizer: its optimizer; None for a model that was not trained by steps.
             state: JSON-able state of the loop.
             best: whether `best.npz` becomes this one.
+            write: whether this process writes; of several workers one does, and all find out that
+                the weights are not finite.
 
         Raises:
             TrainingDiverged: a weight is not finite; nothing is written.
@@ -61,12 +65,14 @@ class CheckpointManager:
         for path, array in arrays.items():
             if not np.isfinite(array).all():
                 raise TrainingDiverged(f"weight {path.removeprefix(_MODEL)} is not finite")
+        path = self.directory / f"step-{step:010d}.npz"
+        if not write:
+            return path
         slots = weights.as_arrays(optimizer.variables) if optimizer else {}
         arrays |= {_OPTIMIZER + k: v for k, v in slots.items()}
         document = {"format": _FORMAT, "spec": dataclasses.asdict(model.spec), **state}
         arrays[_STATE] = np.frombuffer(json.dumps(document).encode(), np.uint8)
         files.make_directory(self.directory)
-        path = self.directory / f"step-{step:010d}.npz"
         with files.atomic(path) as file:
             np.savez(file, **arrays)
         if best:
@@ -86,10 +92,14 @@ class CheckpointManager:
             return
         os.replace(temporary, self.best)
 
-    def restore(self, model, optimizer) -> dict | None:
+    def restore(self, model, optimizer, tidy: bool = True) -> dict | None:
         """Restores the latest readable checkpoint.
 
         A damaged file is skipped with a warning and the one before it is taken.
+
+        Args:
+            model, optimizer: what takes the weights and slots.
+            tidy: whether what an interrupted save left behind is removed.
 
         Returns:
             the state of the loop, or None where there is no checkpoint.
@@ -99,7 +109,8 @@ class CheckpointManager:
         """
         if not self.directory.is_dir():
             return None
-        files.remove_temporaries(self.directory)
+        if tidy:
+            files.remove_temporaries(self.directory)
         found = latest(self.paths())
         if found is None:
             return None

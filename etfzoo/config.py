@@ -14,10 +14,14 @@ from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.strategy import STRATEGIES
 
 SCHEDULES = ("cosine", "step", "constant")
-MIXED_PRECISION = ("none", "bfloat16")
+MIXED_PRECISION = ("none", "bfloat16", "float16")
+LEARNING_RATE_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 # What may differ when a run is resumed: where it runs, not what it computes.
-_RUNTIME = ("data_dir", "strategy", "tpu", "checkpoint_every", "keep_checkpoints")
+_RUNTIME = (
+    "data_dir", "strategy", "tpu", "num_virtual_devices", "steps_per_execution", "jit_compile",
+    "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +43,21 @@ class TrainConfig:
         epochs: passes over the training split.
         batch_size: examples a step, over all devices.
         learning_rate: peak value.
+        learning_rate_scaling: `none`, or `linear` or `sqrt`: the rate is then meant for batches of
+            256 and is multiplied by batch_size / 256 (Goyal et al. 2017) or by its square root.
         schedule: `cosine` (to zero), `step` (times `step_factor` at `step_epochs`) or `constant`.
         warmup_epochs: linear warm-up from zero, in epochs.
         momentum, nesterov: of SGD.
         weight_decay: L2 coefficient, added to the gradient BEFORE momentum, on kernels.
         decay_all: whether L2 counts for biases, gamma, beta and the logits of `sw` too.
         label_smoothing: share of the target spread over all classes.
-        mixed_precision: `none` or `bfloat16`.
+        mixed_precision: `none`, `bfloat16` or `float16` (with loss scaling).
         seed: of initialisation, order, augmentation and the ETF.
         deterministic: whether TensorFlow's ops must repeat bit for bit.
-        strategy, tpu: see `etfzoo.strategy.get_strategy`.
+        strategy, tpu, num_virtual_devices: see `etfzoo.strategy.get_strategy`.
+        synchronize_norms: whether norms take their statistics over all replicas.
+        steps_per_execution: steps between two looks at the clock, signals and checkpoints.
+        jit_compile: whether XLA compiles the step; None: on one GPU, when not deterministic.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; evaluated epochs end with one too.
         keep_checkpoints: number of latest checkpoints that are kept, beside the best.
@@ -76,6 +85,7 @@ class TrainConfig:
     epochs: int = 100
     batch_size: int = 128
     learning_rate: float = 0.01
+    learning_rate_scaling: str = "none"
     schedule: str = "cosine"
     warmup_epochs: float = 0.0
     step_epochs: tuple[int, ...] = (30, 60, 90)
@@ -90,6 +100,10 @@ class TrainConfig:
     deterministic: bool = True
     strategy: str = "auto"
     tpu: str | None = None
+    num_virtual_devices: int | None = None
+    synchronize_norms: bool = True
+    steps_per_execution: int = 1
+    jit_compile: bool | None = None
     eval_every: int = 1
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -107,9 +121,15 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("augment", CROPS),
             ("mixed_precision", MIXED_PRECISION),
+            ("learning_rate_scaling", LEARNING_RATE_SCALING),
         ):
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
+        if self.jit_compile and self.deterministic:
+            raise EtfzooError(
+                "XLA's max-pooling has no deterministic gradient: with --jit_compile add "
+                "--nodeterministic"
+            )
         for name, low, high in (
             ("image_size", 1, 8192),
             ("epochs", 1, math.inf),
@@ -117,6 +137,7 @@ class TrainConfig:
             ("eval_every", 1, math.inf),
             ("checkpoint_every", 1, math.inf),
             ("keep_checkpoints", 1, math.inf),
+            ("steps_per_execution", 1, math.inf),
             ("crop", 0.01, 1),
             ("min_area", 1e-6, 1),
             ("learning_rate", 0, math.inf),
@@ -151,11 +172,22 @@ class TrainConfig:
             raise EtfzooError(f"{path} is no training configuration (unknown: {', '.join(extra)})")
         return cls(**values)
 
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate after scaling by the batch size."""
+        power = LEARNING_RATE_SCALING[self.learning_rate_scaling]
+        return self.learning_rate * (self.batch_size / 256) ** power
+
+    def results_in(self) -> dict:
+        """The settings that what is computed depends on, as JSON values by name."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _RUNTIME}
+
     def differences(self, other: "TrainConfig") -> list[str]:
         """Readable list of the settings that make another result."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        mine, theirs = self.results_in(), other.results_in()
         return [
             f"{name} {mine[name]} there, {theirs[name]} here"
             for name in mine
-            if mine[name] != theirs[name] and name not in _RUNTIME
+            if mine[name] != theirs[name]
         ]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from etfzoo import files, step_tf
 from etfzoo.data.augment import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress
+from etfzoo.strategy import check_batch_size, is_chief
 
 
 class Predictions(NamedTuple):
@@ -26,10 +28,10 @@ class Predictions(NamedTuple):
 
 
 def predict(step, batches, progress: Progress | None = None) -> Predictions:
-    """Runs an evaluation step over all batches.
+    """Runs an evaluation step over all batches; examples of label -1 are left out.
 
     Args:
-        step: `(images, labels) -> (loss, predicted, in_top5)`, per example.
+        step: see `step_tf.evaluation_step`.
         batches: an iterable of `(images, labels)`.
         progress: shown after each batch.
     """
@@ -37,13 +39,22 @@ def predict(step, batches, progress: Progress | None = None) -> Predictions:
     for number, (images, labels) in enumerate(batches):
         if progress is not None:
             progress.update(number)
-        loss, predicted, in_top5 = step(images, labels)
-        rows.append([np.asarray(a) for a in (labels, predicted, in_top5, loss)])
+        columns = [np.asarray(column) for column in step(images, labels)]
+        rows.append([column[columns[0] >= 0] for column in columns])
     return Predictions(*(np.concatenate(column) for column in zip(*rows, strict=True)))
 
 
-def evaluate(model, source, split: str = "test", batch_size: int = 128) -> Predictions:
+def evaluate(
+    model, source, split: str = "test", batch_size: int = 128, strategy=None
+) -> Predictions:
     """Predictions of a classifier on a split of a data set, at the model's own image size.
+
+    Args:
+        model: the classifier, built under `strategy.scope()`.
+        source: see `etfzoo.data.sources.resolve`.
+        split: split or role.
+        batch_size: images a step, over all devices.
+        strategy: a tf.distribute strategy; None is one device. Every worker gets all predictions.
 
     Raises:
         EtfzooError: the model has no head, or another number of classes than the data; or an
@@ -60,10 +71,16 @@ def evaluate(model, source, split: str = "test", batch_size: int = 128) -> Predi
     pipeline = Pipeline(
         source, height, width, model.spec.crop, batch_size, Augmentation("none", flip=False), 0
     )
-    progress = Progress(f"evaluating {source.name} ({split})", -(-source.size(split) // batch_size))
+    strategy = strategy or tf.distribute.get_strategy()
+    check_batch_size(batch_size, strategy)
+    progress = Progress(
+        f"evaluating {source.name} ({split})",
+        -(-source.size(split) // batch_size),
+        quiet=not is_chief(strategy),
+    )
     with pipeline.naming_corrupt_records(split):
-        batches = pipeline.evaluation(split)
-        predictions = predict(step_tf.evaluation_step(model), batches, progress)
+        batches = step_tf.distribute(strategy, lambda share: pipeline.evaluation(split, share))
+        predictions = predict(step_tf.evaluation_step(model, strategy=strategy), batches, progress)
     progress.finish()
     return predictions
 

@@ -12,20 +12,24 @@ class Progress:
     Args:
         title: what is going on.
         steps: number of steps.
+        quiet: whether nothing is shown (another process shows it).
     """
 
-    def __init__(self, title, steps):
+    def __init__(self, title, steps, quiet=False):
         self._title = title
         self._steps = steps
+        self._quiet = quiet
         self._start = self._last = time.monotonic()
         self._first = None
         self._bar = None
-        if sys.stdout.isatty():
+        if not quiet and sys.stdout.isatty():
             print(title, flush=True)
             self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "top1", "val_top1"])
 
     def update(self, step, metrics=dict):
         """Shows that `step` steps are done; `metrics()` gives values by name."""
+        if self._quiet:
+            return
         # Reading the metrics waits for the device: only when they will be shown.
         now = time.monotonic()
         if self._first is None:
@@ -43,6 +47,8 @@ class Progress:
     def finish(self, metrics=None):
         """Shows the end, with the final values."""
         metrics = metrics or {}
+        if self._quiet:
+            return
         if self._bar:
             self._bar.update(self._steps, list(metrics.items()), finalize=True)
         else:

@@ -15,7 +15,7 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int):
     Returns:
         A Keras LearningRateSchedule.
     """
-    peak = config.learning_rate
+    peak = config.peak_rate
     warmup = round(config.warmup_epochs * steps_per_epoch)
     total = config.epochs * steps_per_epoch
     if config.schedule == "cosine":

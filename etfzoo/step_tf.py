@@ -5,6 +5,8 @@ import tensorflow as tf
 from keras import ops
 
 from etfzoo import losses
+from etfzoo.data.pipeline import Share
+from etfzoo.errors import EtfzooError
 
 
 class Stepper:
@@ -16,11 +18,17 @@ class Stepper:
 
     Args:
         model: the classifier, built under `strategy.scope()`.
-        optimizer: a Keras optimizer without weight decay, built under the same scope.
+        optimizer: a Keras optimizer without weight decay, built under the same scope; or one in a
+            keras.optimizers.LossScaleOptimizer.
         strategy: a tf.distribute strategy.
         weight_decay: L2 coefficient on the variables that `losses.decayed` names.
         label_smoothing: see `losses.cross_entropy`.
         decay_all: whether L2 counts for all trainable variables.
+        jit_compile: whether XLA compiles the step; None where it pays and is known to work: on
+            one GPU.
+
+    Raises:
+        EtfzooError: jit_compile with several replicas.
     """
 
     def __init__(
@@ -31,6 +39,7 @@ class Stepper:
         weight_decay=0.0,
         label_smoothing=0.0,
         decay_all=False,
+        jit_compile=None,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -38,28 +47,43 @@ class Stepper:
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
         self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
+        several = strategy.num_replicas_in_sync > 1
+        if jit_compile and several:
+            # Batch norm's and the optimizer's reductions leave the replica, which XLA cannot.
+            raise EtfzooError("jit_compile works with one replica only; leave it out")
+        if jit_compile is None:
+            jit_compile = not several and bool(tf.config.list_physical_devices("GPU"))
+        self._replica_step = self._replica_train
+        if jit_compile:
+            self._replica_step = tf.function(self._replica_train, jit_compile=True)
         self._train = tf.function(self._distributed_train, reduce_retracing=True)
-        self.evaluate = evaluation_step(model, label_smoothing)
 
-    def distribute(self, batches):
-        """Batches as this strategy takes them: split over the replicas where there are several."""
-        if self.strategy.num_replicas_in_sync == 1:
-            return batches
-        return self.strategy.experimental_distribute_dataset(batches)
+    def train(self, batches, steps=1, stop=False):
+        """SGD steps on the next global batches of an iterator.
 
-    def train(self, images, labels):
-        """One SGD step on a global batch.
+        Args:
+            batches: iterator over what `distribute` returned.
+            steps: number of steps, all in one call of the device.
+            stop: this process's vote for stopping after these steps.
 
         Returns:
-            float64 tensor `[3]`: sum of losses, number right, number of examples.
+            float64 tensor `[4]`: sum of losses, number right, number of examples, and the votes
+            of all replicas of all steps.
         """
-        return self._train(images, labels)
+        return self._train(batches, tf.constant(stop), steps)
 
-    def _distributed_train(self, images, labels):
-        sums = self.strategy.run(self._replica_train, (images, labels))
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+    def _distributed_train(self, batches, stop, steps):
+        def one():
+            sums = self.strategy.run(self._replica_step, (*next(batches), stop))
+            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
-    def _replica_train(self, images, labels):
+        sums = one()
+        if steps > 1:
+            for _ in tf.range(steps - 1):
+                sums += one()
+        return sums
+
+    def _replica_train(self, images, labels, stop):
         replicas = self.strategy.num_replicas_in_sync
         variables = self.model.trainable_variables
         values = [v.value for v in variables]
@@ -68,34 +92,80 @@ class Stepper:
             per_example = losses.cross_entropy(labels, logits, self.label_smoothing)
             # Gradients are summed over replicas: divide by the global batch, not by this share.
             size = ops.cast(ops.shape(labels)[0] * replicas, per_example.dtype)
-            loss = ops.sum(per_example) / size
+            loss = self.optimizer.scale_loss(ops.sum(per_example) / size)
         gradients = tape.gradient(loss, values)
         if self.weight_decay:
-            share = self.weight_decay / replicas
+            share = self.optimizer.scale_loss(self.weight_decay / replicas)
             gradients = [
-                g + share * tf.cast(w, g.dtype) if decayed else g
+                g + tf.cast(share, g.dtype) * tf.cast(w, g.dtype) if decayed else g
                 for g, w, decayed in zip(gradients, values, self._decayed, strict=True)
             ]
         self.optimizer.apply(gradients, variables)
         right = ops.argmax(logits, axis=-1) == ops.cast(labels, "int32")
         sums = [ops.sum(per_example), ops.sum(ops.cast(right, "float32")), ops.shape(labels)[0]]
-        return tf.stack([tf.cast(s, tf.float64) for s in sums])
+        return tf.stack([tf.cast(s, tf.float64) for s in (*sums, stop)])
 
 
-def evaluation_step(model, label_smoothing=0.0):
-    """A function `(images, labels) -> (loss, predicted, in_top5)`, per example, in inference mode.
+def distribute(strategy, dataset_of):
+    """A data set as a strategy takes it.
 
-    `in_top5` tells whether the label is among the five highest logits (all, where K < 5).
+    Args:
+        strategy: a tf.distribute strategy.
+        dataset_of: `share -> tf.data.Dataset` of the batches of one replica; called once for each
+            input pipeline, with None where there is one replica.
     """
+    if strategy.num_replicas_in_sync == 1:
+        return dataset_of(None)
+    # Not experimental_distribute_dataset: its sharding decodes everything everywhere.
+    return strategy.distribute_datasets_from_function(
+        lambda context: dataset_of(
+            Share(
+                context.input_pipeline_id,
+                context.num_input_pipelines,
+                context.num_replicas_in_sync,
+            )
+        )
+    )
 
-    @tf.function(reduce_retracing=True)
-    def step(images, labels):
+
+def evaluation_step(model, label_smoothing=0.0, strategy=None):
+    """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
+
+    Each is a tensor over the examples of the global batch. `in_top5` tells whether the label is
+    among the five highest logits (all, where K < 5).
+    """
+    strategy = strategy or tf.distribute.get_strategy()
+
+    def replica(images, labels):
         logits = model(images, training=False)
         top5 = tf.math.in_top_k(labels, tf.cast(logits, tf.float32), k=min(5, logits.shape[-1]))
         loss = losses.cross_entropy(labels, logits, label_smoothing)
-        return loss, ops.argmax(logits, axis=-1), top5
+        return labels, ops.argmax(logits, axis=-1), top5, loss
+
+    if strategy.num_replicas_in_sync == 1:
+        return tf.function(replica, reduce_retracing=True)
+
+    def replica_table(images, labels):
+        # One table of numbers of one kind, because each tensor that is gathered is a collective.
+        return tf.stack([tf.cast(v, tf.float64) for v in replica(images, labels)], axis=1)
+
+    @tf.function(reduce_retracing=True)
+    def run(images, labels):
+        return strategy.run(replica_table, (images, labels))
+
+    def step(images, labels):
+        table = strategy.gather(run(images, labels), axis=0)
+        labels, predicted, top5, loss = tf.unstack(table, axis=1)
+        return tf.cast(labels, tf.int32), tf.cast(predicted, tf.int32), top5 > 0, loss
 
     return step
+
+
+def synchronize(model, value: bool) -> None:
+    """Switches statistics over all replicas on or off in every layer that can; before tracing."""
+    for layer in model.layers:
+        if hasattr(layer, "synchronized"):
+            layer.synchronized = value
 
 
 def inference(model):

@@ -1,12 +1,10 @@
 """Training: epochs, checkpoints, progress and logs around one backend's step."""
 
-import contextlib
 import csv
 import io
 import json
 import logging
 import math
-import signal
 from pathlib import Path
 
 import keras
@@ -21,19 +19,19 @@ from etfzoo.data.augment import Augmentation
 from etfzoo.data.pipeline import Pipeline, find_corrupt
 from etfzoo.data.sources import Source, resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.interruption import Stopped, StopRequest, leaving_when_a_worker_is_lost
 from etfzoo.progress import Progress
-from etfzoo.strategy import get_strategy
+from etfzoo.strategy import (
+    check_agreement,
+    check_batch_size,
+    chief_first,
+    get_strategy,
+    is_chief,
+    num_workers,
+    wait_for_all,
+)
 
 log = logging.getLogger("etfzoo")
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL: saved and stopped by a signal; start again to go on
-
-
-class Stopped(SystemExit):
-    """SIGTERM or Ctrl-C: the run was saved at its exact step and can be started again."""
-
-    def __init__(self):
-        super().__init__(EXIT_STOPPED)
 
 
 def train_and_evaluate(config: TrainConfig, workdir) -> dict:
@@ -53,25 +51,36 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     Raises:
         EtfzooError: bad input, or a workdir that holds another run.
         TrainingDiverged: loss or weights became non-finite; the last good checkpoint is kept.
-        Stopped: SIGTERM or SIGINT arrived; the run is saved.
+        Stopped: SIGTERM or SIGINT arrived, here or at another worker; the run is saved.
+
+    With several workers, a lost one ends the process: see
+    `etfzoo.interruption.leaving_when_a_worker_is_lost`.
     """
     if not step_tf.is_tensorflow():
         raise EtfzooError(
             f"training needs the TensorFlow backend; KERAS_BACKEND is {keras.backend.backend()}"
         )
     # First of all what can fail without cost: the device, the workdir, the data, the model.
-    strategy = get_strategy(config.strategy, config.tpu)
+    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
+    check_batch_size(config.batch_size, strategy)
     check_workdir(config, workdir)
     finished = finished_result(workdir)
-    if finished is not None:
-        return finished
+    with leaving_when_a_worker_is_lost(strategy):
+        check_agreement(strategy, config.results_in() | {"a finished run": finished is not None})
+        return finished or _train(config, workdir, strategy)
+
+
+def _train(config, workdir, strategy):
     step_tf.set_determinism(config.deterministic)
+    source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
+    # After the data: preparing a data set draws random numbers too, and happens only once.
     keras.utils.set_random_seed(config.seed)
-    source = resolve(config.dataset, config.data_dir)
     with strategy.scope():
         model = make_model(config, source)
-    pipeline = make_pipeline(config, source, model, workdir)
-    workdir = claim_workdir(config, workdir)
+    several = strategy.num_replicas_in_sync > 1
+    step_tf.synchronize(model, several and config.synchronize_norms)
+    pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
+    workdir = claim_workdir(config, workdir) if is_chief(strategy) else Path(workdir)
     return _Run(config, workdir, strategy, pipeline, model).train()
 
 
@@ -102,7 +111,8 @@ def finished_result(workdir) -> dict | None:
 
 def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
     """The classifier that a configuration starts from."""
-    policy = {"none": "float32", "bfloat16": "mixed_bfloat16"}[config.mixed_precision]
+    precision = config.mixed_precision
+    policy = "float32" if precision == "none" else f"mixed_{precision}"
     size = config.image_size
     if config.norm == "sw":
         step_tf.use_full_float32()
@@ -135,11 +145,13 @@ def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
         raise EtfzooError(str(error)) from error
 
 
-def make_pipeline(config: TrainConfig, source: Source, model, workdir) -> Pipeline:
+def make_pipeline(
+    config: TrainConfig, source: Source, model, workdir, chief: bool = True
+) -> Pipeline:
     """The pipeline of a configuration; checks that there is something to train on."""
     corrupt = ()
     if config.skip_corrupt:
-        corrupt = _corrupt_keys(config, source, Path(workdir) / "corrupt.json")
+        corrupt = _corrupt_keys(config, source, Path(workdir) / "corrupt.json", chief)
     pipeline = Pipeline(
         source,
         *model.spec.input_shape[:2],
@@ -160,14 +172,16 @@ def make_pipeline(config: TrainConfig, source: Source, model, workdir) -> Pipeli
     return pipeline
 
 
-def _corrupt_keys(config, source, path) -> tuple[int, ...]:
-    if not path.exists():
-        found = find_corrupt(source, (config.train_split, config.eval_split))
+def _corrupt_keys(config, source, path, chief) -> tuple[int, ...]:
+    if path.exists():
+        corrupt = {int(key): name for key, name in files.read_json(path).items()}
+    else:
+        corrupt = find_corrupt(source, (config.train_split, config.eval_split))
+    if chief:
         files.make_directory(path.parent)
-        files.write_text(path, json.dumps({str(k): v for k, v in found.items()}, indent=2))
-    corrupt = files.read_json(path)
-    log.warning("left out %d corrupt images, listed in %s", len(corrupt), path)
-    return tuple(int(key) for key in corrupt)
+        files.write_text(path, json.dumps({str(k): v for k, v in corrupt.items()}, indent=2))
+        log.warning("left out %d corrupt images, listed in %s", len(corrupt), path)
+    return tuple(corrupt)
 
 
 class _Run:
@@ -176,6 +190,8 @@ class _Run:
     def __init__(self, config, workdir, strategy, pipeline, model):
         self.config = config
         self.workdir = workdir
+        self.strategy = strategy
+        self.chief = is_chief(strategy)
         self.pipeline = pipeline
         self.model = model
         self.steps = pipeline.size(config.train_split) // config.batch_size
@@ -186,6 +202,10 @@ class _Run:
                 nesterov=config.nesterov,
                 name="sgd",  # variable paths must not depend on what was built before
             )
+            if config.mixed_precision == "float16":
+                self.optimizer = keras.optimizers.LossScaleOptimizer(
+                    self.optimizer, name="loss_scale"
+                )
             self.optimizer.build(model.trainable_variables)
         self.stepper = step_tf.Stepper(
             model,
@@ -194,13 +214,15 @@ class _Run:
             config.weight_decay,
             config.label_smoothing,
             config.decay_all,
+            False if config.deterministic else config.jit_compile,
         )
+        self.evaluate = step_tf.evaluation_step(model, config.label_smoothing, strategy)
         self.checkpoints = CheckpointManager(workdir, config.keep_checkpoints)
         # Everything that the loop needs to go on as if it had never stopped.
         self.state = {"epoch": 0, "step": 0, "totals": [0.0, 0.0, 0.0], "history": [], "best": -1.0}
 
     def train(self) -> dict:
-        restored = self.checkpoints.restore(self.model, self.optimizer)
+        restored = self.checkpoints.restore(self.model, self.optimizer, tidy=self.chief)
         if restored is not None:
             self.state = {name: restored[name] for name in self.state}
             log.info(
@@ -208,38 +230,60 @@ class _Run:
                 self.workdir, self.state["epoch"] + 1, self.state["step"],
             )  # fmt: skip
             # The process may have died between its last checkpoint and the log files.
-            self._write_logs()
-        writer = tf.summary.create_file_writer(str(self.workdir / "tensorboard"))
-        with _StopRequest() as stop, writer.as_default():
+            if self.chief:
+                self._write_logs()
+        start = {name: self.state[name] for name in ("epoch", "step", "totals")}
+        check_agreement(self.strategy, start | {"steps an epoch": self.steps})
+        writer = tf.summary.create_noop_writer()
+        if self.chief:
+            writer = tf.summary.create_file_writer(str(self.workdir / "tensorboard"))
+        with StopRequest() as stop, writer.as_default():
             try:
                 while self.state["epoch"] < self.config.epochs:
                     self._epoch(stop)
             except TrainingDiverged as error:
                 raise self._diverged(error) from error
         result = self.state["history"][-1]
-        files.write_text(self.workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        if self.chief:
+            files.write_text(self.workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        # Whoever leaves first ends the others.
+        wait_for_all(self.strategy)
         return result
 
     def _epoch(self, stop):
         epoch, split = self.state["epoch"], self.config.train_split
-        progress = Progress(f"Epoch {epoch + 1}/{self.config.epochs}", self.steps)
+        title = f"Epoch {epoch + 1}/{self.config.epochs}"
+        progress = Progress(title, self.steps, quiet=not self.chief)
         totals = np.asarray(self.state["totals"])
-        batches = self.stepper.distribute(self.pipeline.training(split, epoch, self.state["step"]))
-        iterator = iter(batches)
+        start = self.state["step"]
+        batches = iter(
+            step_tf.distribute(
+                self.strategy, lambda share: self.pipeline.training(split, epoch, start, share)
+            )
+        )
         while self.state["step"] < self.steps:
+            count = min(self.config.steps_per_execution, self.steps - self.state["step"])
             with self.pipeline.naming_corrupt_records(split, epoch, self.state["step"]):
-                images, labels = next(iterator)
-            totals = totals + self.stepper.train(images, labels)
-            self.state["step"] += 1
+                sums = self.stepper.train(batches, count, stop.requested)
+            totals = totals + sums[:3]
+            before = epoch * self.steps + self.state["step"]
+            self.state["step"] += count
             progress.update(self.state["step"], lambda t=totals: _averages(t))
-            if stop.requested:
+            if self._stopping(stop, sums[3]):
                 self._stop(totals)
-            done = epoch * self.steps + self.state["step"]
-            if done % self.config.checkpoint_every == 0:
+            every = self.config.checkpoint_every
+            if (before + count) // every > before // every:
                 self._save(totals)
         self._finish_epoch(totals, progress)
-        if stop.requested:
+        if self._stopping(stop):
             self._stop(np.zeros(3))
+
+    def _stopping(self, stop, votes=None) -> bool:
+        """Whether a signal arrived; with several workers, at any of them by the same step."""
+        if num_workers(self.strategy) == 1:
+            return stop.requested
+        # Reading the votes waits for the device, which collectives have made wait anyway.
+        return votes is not None and float(votes) > 0
 
     def _finish_epoch(self, totals, progress):
         train = _averages(totals)
@@ -271,12 +315,17 @@ class _Run:
     def _evaluate(self):
         split = self.config.eval_split
         with self.pipeline.naming_corrupt_records(split):
-            predictions = evaluation.predict(self.stepper.evaluate, self.pipeline.evaluation(split))
+            batches = step_tf.distribute(
+                self.strategy, lambda share: self.pipeline.evaluation(split, share)
+            )
+            predictions = evaluation.predict(self.evaluate, batches)
         return evaluation.summary(predictions, self.model.spec.num_classes)
 
     def _stop(self, totals):
         self._save(totals)
-        log.info("stopped by a signal and saved; run the same command to go on")
+        wait_for_all(self.strategy)
+        if self.chief:
+            log.info("stopped by a signal and saved; run the same command to go on")
         raise Stopped
 
     def _save(self, totals, best=False):
@@ -284,9 +333,11 @@ class _Run:
         _check_finite(totals[0])
         self.state["totals"] = totals.tolist()
         step = self.state["epoch"] * self.steps + self.state["step"]
-        self.checkpoints.save(step, self.model, self.optimizer, self.state, best)
+        self.checkpoints.save(step, self.model, self.optimizer, self.state, best, write=self.chief)
 
     def _log(self, row):
+        if not self.chief:
+            return
         self._write_logs()
         for name, value in row.items():
             if name not in ("epoch", "step"):
@@ -314,29 +365,6 @@ class _Run:
             f"{self.state['step']}: {error}; {where}; lower --learning_rate (now "
             f"{self.config.learning_rate:g}) or add --warmup_epochs"
         )
-
-
-class _StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a request that the loop looks at after each step."""
-
-    def __init__(self):
-        self.requested = False
-        self._previous = {}
-
-    def __enter__(self):
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *exception):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def _averages(totals) -> dict[str, float]:

@@ -18,6 +18,7 @@ from etfzoo.config import TrainConfig
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.progress import Progress
+from etfzoo.strategy import get_strategy, is_chief
 
 log = logging.getLogger("etfzoo")
 
@@ -74,7 +75,9 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
         {"learning_rate": c.learning_rate, "weight_decay": c.weight_decay, metric: score}
         for c, score in zip(candidates, scores, strict=True)
     ]
-    files.write_text(Path(workdir) / "selection.json", json.dumps(rows, indent=2) + "\n")
+    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
+    if is_chief(strategy):
+        files.write_text(Path(workdir) / "selection.json", json.dumps(rows, indent=2) + "\n")
     return result
 
 
@@ -96,6 +99,8 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
     """
     if config.init is None or config.head != "linear":
         raise EtfzooError("a linear probe needs a pretrained model and --head=linear")
+    if config.strategy not in ("auto", "one_device"):
+        raise EtfzooError("a linear probe runs on one device: leave out --strategy")
     training.check_workdir(config, workdir)
     finished = training.finished_result(workdir)
     if finished is not None:

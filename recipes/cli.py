@@ -84,6 +84,12 @@ def training_flags(protocol):
     )
     integer("Training", "epochs", None, "passes over the training split")
     integer("Training", "batch_size", None, "images a step, over all devices")
+    string(
+        "Training",
+        "learning_rate_scaling",
+        None,
+        "none, linear or sqrt: multiply the rate by batch_size / 256 or its root (default: none)",
+    )
     string("Training", "schedule", None, "cosine, step or constant")
     real("Training", "warmup_epochs", None, "linear warm-up of the learning rate, in epochs")
     real("Training", "momentum", None, "of SGD")
@@ -91,15 +97,33 @@ def training_flags(protocol):
     real("Training", "label_smoothing", None, "share of the target spread over all classes")
     boolean("Training", "decay_all", None, "L2 on biases, gamma, beta and logits of sw too")
     integer("Training", "seed", 0, "of weights, order, augmentation and the ETF")
-    string("Machine", "strategy", "auto", "auto, one_device or tpu")
-    string("Machine", "tpu", None, "TPU name or address; local for the one in this machine")
-    string("Machine", "mixed_precision", "none", "none or bfloat16")
+    strategy_flags()
+    boolean("Machine", "synchronize_norms", True, "norm statistics over all replicas")
+    string("Machine", "mixed_precision", "none", "none, bfloat16 or float16 (with loss scaling)")
+    integer("Machine", "steps_per_execution", 1, "steps between two looks at signals and the clock")
+    boolean(
+        "Machine", "jit_compile", None, "compile with XLA (default: one GPU, --nodeterministic)"
+    )
     boolean("Machine", "deterministic", True, "repeat bit for bit (slower on some devices)")
     integer("Training", "eval_every", 1, "epochs between evaluations")
     integer("Machine", "checkpoint_every", 500, "steps between checkpoints")
     integer("Machine", "keep_checkpoints", 2, "latest checkpoints that are kept")
     string("Files", "workdir", None, "directory of this run (default: one below runs/)")
     string("Files", "config", None, "config.json of an earlier run to repeat; flags override it")
+
+
+def strategy_flags():
+    """Where to compute."""
+    string("Machine", "strategy", "auto", "auto, one_device, mirrored, multiworker or tpu")
+    string("Machine", "tpu", None, "TPU name or address; local for the one in this machine")
+    integer("Machine", "num_virtual_devices", None, "CPU devices for --strategy=mirrored")
+
+
+def open_strategy():
+    """The strategy of the flags; to be called before TensorFlow computes anything."""
+    from etfzoo.strategy import get_strategy
+
+    return get_strategy(FLAGS.strategy, FLAGS.tpu, FLAGS.num_virtual_devices)
 
 
 def train_config(task, **known):

@@ -16,12 +16,20 @@ def main():
     import etfzoo
     from etfzoo import evaluation, files, plots
     from etfzoo.data import sources
+    from etfzoo.interruption import leaving_when_a_worker_is_lost
+    from etfzoo.strategy import chief_first, is_chief, wait_for_all
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    model = etfzoo.load(FLAGS.model)
-    source = sources.resolve(FLAGS.dataset, FLAGS.data_dir)
-    predictions = evaluation.evaluate(model, source, FLAGS.split, FLAGS.batch_size)
+    strategy = cli.open_strategy()
+    with strategy.scope():
+        model = etfzoo.load(FLAGS.model)
+    with leaving_when_a_worker_is_lost(strategy):
+        source = chief_first(strategy, lambda: sources.resolve(FLAGS.dataset, FLAGS.data_dir))
+        predictions = evaluation.evaluate(model, source, FLAGS.split, FLAGS.batch_size, strategy)
+        wait_for_all(strategy)
+    if not is_chief(strategy):
+        return
     metrics = evaluation.summary(predictions, source.num_classes)
     low, high = evaluation.binomial_interval(metrics["top1"], metrics["examples"])
     output = files.make_directory(
@@ -45,6 +53,7 @@ if __name__ == "__main__":
     cli.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
     cli.data_flags("imagenet2012")
     cli.string("Data", "split", "test", "a split, or a role: train, fit, select or test")
-    cli.integer("Machine", "batch_size", 128, "images a step")
+    cli.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    cli.strategy_flags()
     cli.string("Files", "output", None, "directory of the report (default: below runs/evaluate)")
     cli.run(main, __doc__)

@@ -21,6 +21,7 @@ def main():
 
     if not (FLAGS.model or FLAGS.config):
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
+    cli.open_strategy()
     known = {}
     if FLAGS.model:
         handle = os.path.abspath(FLAGS.model) if os.path.exists(FLAGS.model) else FLAGS.model

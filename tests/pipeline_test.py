@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from etfzoo.data import augment, sources
 from etfzoo.data.augment import Augmentation
-from etfzoo.data.pipeline import Pipeline, find_corrupt
+from etfzoo.data.pipeline import Pipeline, Share, find_corrupt
 from etfzoo.errors import EtfzooError
 from testing import make_image_folder
 
@@ -245,3 +246,56 @@ def test_other_errors_pass_through(source):
     with pytest.raises(ZeroDivisionError):
         with make_pipeline(source).naming_corrupt_records("train", 0):
             raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("count, replicas", [(1, 2), (2, 2), (3, 3), (3, 6)])
+@pytest.mark.parametrize("start", [0, 2])
+def test_shares_of_all_pipelines_are_the_global_batches(
+    source, count, replicas, start, monkeypatch
+):
+    decoded = []
+    draw = augment.training_image
+
+    def counting(encoded, key, *rest):
+        (key,) = tf.py_function(lambda k: decoded.append(int(k[1])) or k, [key], [tf.int32])
+        key.set_shape([2])
+        return draw(encoded, key, *rest)
+
+    whole = read(make_pipeline(source).training("train", 5, start))
+    monkeypatch.setattr(augment, "training_image", counting)
+    parts = []
+    for index in range(count):
+        decoded.clear()
+        share = Share(index, count, replicas)
+        parts.append(read(make_pipeline(source).training("train", 5, start, share)))
+        # No worker decodes what another one trains on.
+        assert len(decoded) == len(set(decoded)) == (TRAIN // BATCH - start) * BATCH // count
+    local = replicas // count
+    for step, (images, labels) in enumerate(whole):
+        mine = [batch for part in parts for batch in part[step * local : (step + 1) * local]]
+        assert {len(labels) for _, labels in mine} == {BATCH // replicas}
+        np.testing.assert_array_equal(np.concatenate([i for i, _ in mine]), images)
+        np.testing.assert_array_equal(np.concatenate([n for _, n in mine]), labels)
+    assert sum(map(len, parts)) == len(whole) * replicas
+
+
+@pytest.mark.parametrize("count, replicas", [(1, 2), (2, 2), (3, 3)])
+def test_shares_of_an_evaluation_hold_every_example_once(source, count, replicas):
+    (images, labels), rest = read(make_pipeline(source).evaluation("test"))
+    images, labels = np.concatenate([images, rest[0]]), np.concatenate([labels, rest[1]])
+    parts = [
+        read(make_pipeline(source).evaluation("test", Share(index, count, replicas)))
+        for index in range(count)
+    ]
+    local = replicas // count
+    order = [
+        batch
+        for step in range(2)
+        for part in parts
+        for batch in part[step * local : (step + 1) * local]
+    ]
+    assert len(order) == 2 * replicas
+    shown, told = (np.concatenate(column) for column in zip(*order, strict=True))
+    assert len(told) == 12 and (told[TEST:] == -1).all()
+    np.testing.assert_array_equal(shown[:TEST], images)
+    np.testing.assert_array_equal(told[:TEST], labels)

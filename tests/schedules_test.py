@@ -23,5 +23,8 @@ def test_schedules_against_closed_forms():
     step = dataclasses.replace(base, schedule="step", step_epochs=(3, 6, 90))
     drops = 0.4 * np.where(t < 15, 1, np.where(t < 30, 0.1, 0.01))
     np.testing.assert_allclose(_rates(step, 5), drops * np.minimum(1, t / 10), atol=1e-6)
+    for rule, factor in (("linear", 0.25), ("sqrt", 0.5)):
+        small = dataclasses.replace(plain, batch_size=64, learning_rate_scaling=rule)
+        np.testing.assert_allclose(_rates(small, 5)[0], 0.4 * factor, rtol=1e-6)
     constant = dataclasses.replace(plain, schedule="constant")
     np.testing.assert_allclose(_rates(constant, 5), 0.4, atol=1e-7)

@@ -30,14 +30,20 @@ def _gradients(kernel, bias, x, y):
     return x.T @ p, p.sum(0)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all):
+def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all, jit_compile):
     model = _model()
     optimizer = keras.optimizers.SGD(RATE, momentum=MOMENTUM, nesterov=nesterov, name="sgd")
     optimizer.build(model.trainable_variables)
     stepper = Stepper(
-        model, optimizer, tf.distribute.get_strategy(), weight_decay=DECAY, decay_all=decay_all
+        model,
+        optimizer,
+        tf.distribute.get_strategy(),
+        weight_decay=DECAY,
+        decay_all=decay_all,
+        jit_compile=jit_compile,
     )
     weights = [np.array(v.value) for v in model.trainable_variables]
     velocity = [np.zeros_like(w) for w in weights]
@@ -49,7 +55,7 @@ def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all):
             velocity[i] = MOMENTUM * velocity[i] + g
             update = g + MOMENTUM * velocity[i] if nesterov else velocity[i]
             weights[i] = weights[i] - RATE * update
-        stepper.train(tf.constant(x), tf.constant(y, tf.int32))
+        stepper.train(iter(tf.data.Dataset.from_tensors((x, y))))
     for expected, variable in zip(weights, model.trainable_variables, strict=True):
         np.testing.assert_allclose(variable.value, expected, rtol=0, atol=1e-6)
 
@@ -61,8 +67,10 @@ def test_l2_before_momentum_is_ten_times_keras_decoupled_decay():
     optimizer.build(model.trainable_variables)
     stepper = Stepper(model, optimizer, tf.distribute.get_strategy(), weight_decay=2e-3)
     model.layers[-1].kernel.assign(np.ones((6, 4)))  # equal columns and zero inputs: no gradient
-    for _ in range(500):
-        stepper.train(tf.zeros((4, 6), tf.float64), tf.constant([0, 1, 2, 3]))
+    batch = tf.zeros((4, 6), tf.float64), tf.constant([0, 1, 2, 3])
+    batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    for _ in range(100):
+        stepper.train(batches, steps=5)
     shrink = np.log(np.array(model.layers[-1].kernel.value))
     np.testing.assert_allclose(shrink, -0.01 * 2e-3 * 500 * 10, rtol=0.03)
 
@@ -72,15 +80,16 @@ def test_step_returns_sums_of_loss_hits_and_examples():
     optimizer = keras.optimizers.SGD(0.0, name="sgd")
     stepper = Stepper(model, optimizer, tf.distribute.get_strategy())
     (x, y), *_ = _batches(1)
-    loss, right, count = stepper.train(tf.constant(x), tf.constant(y, tf.int32)).numpy()
+    batches = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
+    loss, right, count, votes = stepper.train(batches, steps=3, stop=True).numpy() / 3
     logits = x @ np.array(model.layers[-1].kernel.value)
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
     np.testing.assert_allclose(loss, expected.sum(), rtol=1e-6)
-    assert (right, count) == ((logits.argmax(1) == y).sum(), len(y))
+    assert (right, count, votes) == ((logits.argmax(1) == y).sum(), len(y), 1)
 
 
 def test_evaluation_step_top5_of_few_classes_is_always_right():
-    loss, predicted, top5 = evaluation_step(_model())(
+    labels, predicted, top5, loss = evaluation_step(_model())(
         tf.random.stateless_normal((7, 6), (0, 1), dtype=tf.float64), tf.zeros(7, tf.int32)
     )
-    assert loss.shape == predicted.shape == (7,) and np.all(top5)
+    assert labels.shape == loss.shape == predicted.shape == (7,) and np.all(top5)

@@ -80,6 +80,30 @@ def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
     assert (tmp_path / "metrics.csv").read_text() == (workdir / "metrics.csv").read_text()
 
 
+def test_several_steps_an_execution_change_nothing(finished, config, tmp_path):
+    several = dataclasses.replace(config, steps_per_execution=3)
+    training.train_and_evaluate(several, tmp_path)
+    _assert_same_end(finished[0], tmp_path)
+    steps = [p.stem for p in checkpoint.CheckpointManager(tmp_path).paths()]
+    assert steps == [f"step-{n:010d}" for n in (8, 7, 4, 3)]
+
+
+def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path):
+    half = dataclasses.replace(config, mixed_precision="float16", norm="sw", head="linear")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    result = training.train_and_evaluate(half, whole)
+    assert np.isfinite(result["train_loss"])
+    arrays, _ = _final(whole)
+    # Halved where 16 bits overflowed; 2^15 at first.
+    assert 0 < arrays["optimizer/loss_scale/dynamic_scale"] <= 2**15
+    assert arrays["optimizer/sgd/iteration"] >= 4
+    (again / "checkpoints").mkdir(parents=True)
+    name = "checkpoints/step-0000000003.npz"
+    shutil.copy(whole / name, again / name)
+    training.train_and_evaluate(half, again)
+    _assert_same_end(whole, again)
+
+
 def test_a_finished_run_is_not_trained_again(finished, config):
     workdir, result = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
@@ -119,6 +143,7 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"backbone": "rn102"}, "unknown backbone 'rn102'; did you mean rn101"),
         ({"head": "eft"}, "unknown head 'eft'; did you mean etf"),
         ({"train_split": "trian"}, "no split 'trian'"),
+        ({"jit_compile": True}, "add --nodeterministic"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),

@@ -5,6 +5,7 @@ what the uninterrupted run would have shown. Records that were seen already are 
 """
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import tensorflow as tf
@@ -13,6 +14,20 @@ from etfzoo.data import augment
 from etfzoo.data.augment import Augmentation
 from etfzoo.data.sources import Source
 from etfzoo.errors import EtfzooError
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one input pipeline of a `tf.distribute` strategy reads of each global batch.
+
+    Attributes:
+        index, count: this input pipeline (one a worker), and how many there are.
+        replicas: replicas of all pipelines together; each takes an equal part of a batch.
+    """
+
+    index: int = 0
+    count: int = 1
+    replicas: int = 1
 
 
 class Pipeline:
@@ -61,30 +76,48 @@ class Pipeline:
             return self.source.size(split)
         return sum(1 for _ in self._records(split))
 
-    def training(self, split: str, epoch: int, start_step: int = 0) -> tf.data.Dataset:
+    def training(
+        self, split: str, epoch: int, start_step: int = 0, share: Share | None = None
+    ) -> tf.data.Dataset:
         """One epoch of `(images uint8 [B, H, W, 3], labels int32 [B])`; a rest is dropped.
+
+        With a share these are the batches of its replicas, one after the other. The order of the
+        examples is the same whatever the number of replicas, and records of others' shares are
+        left out encoded.
 
         Args:
             split: split or role.
             epoch: number of the epoch, from 0; every epoch has its own order and draws.
-            start_step: batches at the start that are skipped.
+            start_step: global batches at the start that are skipped.
+            share: None is all of it, in whole batches.
         """
         order, draws = self._epoch_seeds(epoch)
         records = self._records(split, order).skip(start_step * self.batch_size)
+        if share is not None:
+            whole = (self.size(split) // self.batch_size - start_step) * self.batch_size
+            records = self._shared(records.take(whole), share)
 
         def example(record):
             key = tf.stack([tf.constant(draws, tf.int32), tf.cast(record["key"], tf.int32)])
             return tf.cast(self._train(record["image"], key), tf.uint8), record["label"]
 
-        return self._batch(records.map(example, tf.data.AUTOTUNE), drop_remainder=True)
+        return self._batch(records.map(example, tf.data.AUTOTUNE), share, drop_remainder=True)
 
-    def evaluation(self, split: str) -> tf.data.Dataset:
-        """All examples of a split or role, in file order; the last batch may be smaller."""
+    def evaluation(self, split: str, share: Share | None = None) -> tf.data.Dataset:
+        """All examples of a split or role, in file order; the last batch may be smaller.
+
+        With a share all batches are whole: the last one is filled up with images of label -1.
+        """
+        records = self._records(split)
+        if share is not None:
+            fill = records.take(1).repeat(-self.size(split) % self.batch_size)
+            fill = fill.map(lambda record: record | {"label": tf.constant(-1, tf.int32)})
+            records = self._shared(records.concatenate(fill), share)
 
         def example(record):
             return tf.cast(self._evaluate(record["image"]), tf.uint8), record["label"]
 
-        return self._batch(self._records(split).map(example, tf.data.AUTOTUNE), False)
+        return self._batch(records.map(example, tf.data.AUTOTUNE), share, drop_remainder=False)
 
     @contextlib.contextmanager
     def naming_corrupt_records(self, split: str, epoch: int | None = None, start_step: int = 0):
@@ -125,10 +158,22 @@ class Pipeline:
             records = records.filter(lambda r: tf.reduce_all(r["key"] != corrupt))
         return records
 
-    def _batch(self, examples, drop_remainder):
+    def _shared(self, records, share):
+        """The records of a share: a run of neighbours in each global batch."""
+        if share.count == 1:
+            return records
+        size = self.batch_size // share.count
+
+        def mine(number, record):
+            return number % self.batch_size // size == share.index
+
+        return records.enumerate().filter(mine).map(lambda number, record: record)
+
+    def _batch(self, examples, share, drop_remainder):
         options = tf.data.Options()
         options.deterministic = True
-        batches = examples.batch(self.batch_size, drop_remainder=drop_remainder)
+        size = self.batch_size // (share.replicas if share else 1)
+        batches = examples.batch(size, drop_remainder=drop_remainder or share is not None)
         return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 

@@ -104,6 +104,16 @@ class ETFClassifier(keras.layers.Layer):
             h = ops.normalize(h, axis=-1, order=2)
         return self.scale * ops.matmul(h, self.kernel)
 
+    @property
+    def synchronized(self) -> bool:
+        """Whether the feature norm's statistics are over all replicas; never saved."""
+        return self.batch_norm is not None and self.batch_norm.synchronized
+
+    @synchronized.setter
+    def synchronized(self, value):
+        if self.batch_norm is not None:
+            self.batch_norm.synchronized = value
+
     def compute_output_shape(self, input_shape):
         return (input_shape[0], self.num_classes)
 

@@ -40,7 +40,7 @@ def get_strategy(
         name: `"one_device"` (the first GPU, else the CPU), `"mirrored"` (all GPUs of this
             machine), `"multiworker"` (the machines of TF_CONFIG, or of a Slurm job step),
             `"tpu"`, or `"auto"` (a TPU where TensorFlow sees one, else several GPUs, else one
-            device; logs which).
+            device; see `best_here`).
         tpu: name or grpc address of the TPU; None or `"local"` is the one in this machine.
         num_virtual_devices: for `"mirrored"`: split the CPU in so many devices, to try it out.
 
@@ -53,8 +53,7 @@ def get_strategy(
     if num_virtual_devices is not None and name != "mirrored":
         raise EtfzooError("--num_virtual_devices goes with --strategy=mirrored")
     if name == "auto":
-        name = _best_here(tpu)
-        log.info("--strategy=auto: %s", name)
+        name = best_here(tpu)
     if name == "tpu":
         return _tpu_strategy(tpu)
     if name == "multiworker":
@@ -62,6 +61,13 @@ def get_strategy(
     if name == "mirrored":
         return _mirrored_strategy(num_virtual_devices)
     return tf.distribute.get_strategy()
+
+
+def best_here(tpu: str | None = None) -> str:
+    """The name of the strategy that `auto` stands for."""
+    if tpu or _local_tpu():
+        return "tpu"
+    return "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
 
 
 def num_workers(strategy) -> int:
@@ -140,12 +146,6 @@ def _largest_over_replicas(values):
     row = tf.one_hot(context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.int64)
     rows = context.all_reduce(tf.distribute.ReduceOp.SUM, row[:, None] * values)
     return tf.reduce_max(rows, axis=0)
-
-
-def _best_here(tpu) -> str:
-    if tpu or _local_tpu():
-        return "tpu"
-    return "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
 
 
 def _mirrored_strategy(num_virtual_devices):

@@ -17,8 +17,9 @@ from etfzoo.classifier import replace_head
 from etfzoo.config import TrainConfig
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.interruption import leaving_when_a_worker_is_lost
 from etfzoo.progress import Progress
-from etfzoo.strategy import get_strategy, is_chief
+from etfzoo.strategy import chief_first, get_strategy, is_chief
 
 log = logging.getLogger("etfzoo")
 
@@ -51,7 +52,10 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
     ]
     if len(candidates) == 1:
         return training.train_and_evaluate(candidates[0], workdir)
-    metric = resolve(config.dataset, config.data_dir).row.metric
+    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
+    with leaving_when_a_worker_is_lost(strategy):
+        source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
+    metric = source.row.metric
     scores = []
     for candidate in candidates:
         name = f"lr{candidate.learning_rate:g}_wd{candidate.weight_decay:g}"
@@ -75,7 +79,6 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
         {"learning_rate": c.learning_rate, "weight_decay": c.weight_decay, metric: score}
         for c, score in zip(candidates, scores, strict=True)
     ]
-    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     if is_chief(strategy):
         files.write_text(Path(workdir) / "selection.json", json.dumps(rows, indent=2) + "\n")
     return result

@@ -121,8 +121,10 @@ def strategy_flags():
 
 def open_strategy():
     """The strategy of the flags; to be called before TensorFlow computes anything."""
-    from etfzoo.strategy import get_strategy
+    from etfzoo.strategy import best_here, get_strategy
 
+    if FLAGS.strategy == "auto":
+        print(f"strategy: {best_here(FLAGS.tpu)}", flush=True)
     return get_strategy(FLAGS.strategy, FLAGS.tpu, FLAGS.num_virtual_devices)
 
 

@@ -136,17 +136,9 @@ def largest_difference(one, other):
     return max(float(np.max(np.abs(one[n] - other[n]))) for n in names)
 
 
-@pytest.mark.parametrize(
-    "name, devices, norm",
-    [
-        ("multiworker", 2, "sw"),
-        pytest.param("mirrored", 3, "bn", marks=pytest.mark.slow),
-        pytest.param("mirrored", 2, "bn", marks=pytest.mark.slow),
-        pytest.param("mirrored", 2, "sw", marks=pytest.mark.slow),
-        pytest.param("mirrored", 3, "sw", marks=pytest.mark.slow),
-        pytest.param("multiworker", 2, "bn", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["bn", "sw"])
+@pytest.mark.parametrize("name, devices", [("mirrored", 2), ("mirrored", 3), ("multiworker", 2)])
 def test_equal_to_one_process(trained, name, devices, norm):
     one, several = trained("one_device", 0, norm), trained(name, devices, norm)
     assert largest_difference(one, several) < 1e-9

@@ -103,6 +103,7 @@ def test_config_json_repeats_the_run_bit_for_bit(pretrained, tmp_path):
     _assert_bit_equal(pretrained, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_finetune_probe_evaluate_publish_load(pretrained, embedded_dir, tmp_path):
     data = ("--dataset=shapes/outlines", f"--data_dir={embedded_dir}")
     tuned, probed = tmp_path / "tuned", tmp_path / "probed"

@@ -88,6 +88,7 @@ def test_several_steps_an_execution_change_nothing(finished, config, tmp_path):
     assert steps == [f"step-{n:010d}" for n in (8, 7, 4, 3)]
 
 
+@pytest.mark.slow
 def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path):
     half = dataclasses.replace(config, mixed_precision="float16", norm="sw", head="linear")
     whole, again = tmp_path / "whole", tmp_path / "again"

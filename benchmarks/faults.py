@@ -51,11 +51,11 @@ class Workers:
         with open(self.outputs[index], "wb") as file:
             self.processes[index] = Popen(command, env=env, cwd=ROOT, stdout=file, stderr=STDOUT)
 
-    def wait(self, seconds, until=lambda: False):
-        """Seconds until both had ended or `until()` came true; None if that took too long."""
+    def wait(self, seconds):
+        """Seconds until both had ended; None if that took too long."""
         start = time.monotonic()
         while (passed := time.monotonic() - start) < seconds:
-            if None not in self.codes() or until():
+            if None not in self.codes():
                 return passed
             time.sleep(0.02)
 
@@ -100,14 +100,6 @@ def documented(own, other, number, finished):
 def strike(number, victim, moment, folder, reference):
     """One training with a fault: the line to log, seconds to its end, whether something failed."""
     workers = again = Workers(folder)
-
-    def says_it_waits():
-        return workers.outputs[1 - victim].read_text().count("has waited")
-
-    def waits():
-        joining = workers.codes()[victim] is not None and not workers.has("config.json")
-        return joining and says_it_waits() > said
-
     try:
         workers.wait(moment)
         failures = ["ended before the fault"] * any(workers.codes())
@@ -116,20 +108,19 @@ def strike(number, victim, moment, folder, reference):
         begun = workers.has("tensorboard/events*")
         begun = begun and time.time() - (workers.workdir / "tensorboard").stat().st_mtime > 1
         notes = ["finished before"] if finished else [] if begun else ["before training"]
-        said = says_it_waits()
         workers.processes[victim].send_signal(number)
-        # A worker says after 20 seconds that it waits, and may only just have been started.
-        seconds = workers.wait(LIMIT if begun else 2 * LIMIT, waits)
-        codes = workers.codes()
-        waiting = seconds is not None and None in codes
-        if waiting:
+        seconds = workers.wait(LIMIT)
+        codes, kept = workers.codes(), workers.step()
+        alone = codes[victim] is not None and codes[1 - victim] is None
+        waiting = alone and not workers.has("config.json")
+        if waiting:  # if it does not hang, it goes on when the other is there
             workers.start(victim)
             workers.wait(PATIENCE)
             notes.append(f"waiting for start; {victim} started again: codes {workers.codes()}")
-        in_time = waiting or (seconds is not None and seconds <= LIMIT)
-        failures += ["HANG"] * (None in workers.codes() or not in_time)
+        failures += ["HANG"] * (workers.codes() != [0, 0] if waiting else seconds is None)
+        failures += ["signal ignored"] * (0 in codes and not begun and not finished)
         workers.end()
-        done, kept = workers.has("result.json"), workers.step()
+        done = workers.has("result.json")
         known = documented(codes[victim], codes[1 - victim], number, done)
         failures += ["exit codes"] * (begun and None not in codes and not known)
         failures += [f"lost the checkpoint of step {step}"] * (kept < step)
@@ -147,11 +138,14 @@ def strike(number, victim, moment, folder, reference):
         again.end()
     for path in folder.glob("*.txt") if failures else ():
         print(f"--- {path.name}\n{path.read_text()[-6000:]}", file=sys.stderr, flush=True)
-    seconds = 0 if finished or waiting else seconds or float("inf")
-    line = f"{number.name} {('chief', 'worker')[victim]:6} at {moment:5.1f} s, ended after "
-    line += f"{seconds:4.1f} s, codes {codes[0]!s:>4} {codes[1]!s:>4}, checkpoint {kept:2}, "
-    line += "; ".join([f"difference {differs:g}", *notes, *(f"FAILED: {f}" for f in failures)])
-    return line, seconds, bool(failures)
+    seconds = None if finished or waiting else seconds or float("inf")
+    line = (
+        f"{number.name} {('chief', 'worker')[victim]:6} at {moment:5.1f} s, "
+        f"ended after {'-' if seconds is None else f'{seconds:.1f}':>4} s, "
+        f"codes {codes[0]!s:>4} {codes[1]!s:>4}, checkpoint {kept:2}, difference {differs:g}"
+    )
+    line = "; ".join([line, *notes, *(f"FAILED: {failure}" for failure in failures)])
+    return line, seconds or 0, bool(failures)
 
 
 def main():

@@ -7,8 +7,8 @@ import glob
 import json
 import logging
 import os
+import signal
 import socket
-import threading
 import time
 import zlib
 
@@ -179,10 +179,9 @@ def _multiworker_strategy():
         resolver = tf.distribute.cluster_resolver.SlurmClusterResolver()
     else:
         raise EtfzooError(f"--strategy=multiworker does not know the workers: {_MULTIWORKER_HELP}")
+    _wait_for_chief(resolver)
     try:
-        with _telling_that_it_waits(resolver):
-            _wait_for_chief(resolver)
-            return tf.distribute.MultiWorkerMirroredStrategy(resolver)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
     except RuntimeError as error:
         raise EtfzooError(
             "the workers must be joined before TensorFlow computes anything; start a new process "
@@ -190,49 +189,35 @@ def _multiworker_strategy():
         ) from error
     except (ValueError, tf.errors.OpError) as error:
         raise EtfzooError(f"the workers cannot be joined: {_first_line(error)}") from error
+    # Joining takes SIGTERM out of Python's hands, and nobody would hear it until training begins.
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    return strategy
 
 
-@contextlib.contextmanager
-def _telling_that_it_waits(resolver, seconds=20):
-    """TensorFlow says nothing while it waits for workers that were not started."""
-    joined = threading.Event()
-    jobs = resolver.cluster_spec().as_dict()
-
-    def tell():
-        waited = 0
-        while not joined.wait(seconds):
-            waited += seconds
-            log.warning(
-                "%s %s has waited %d s for the other workers to start; all of them: %s",
-                resolver.task_type, resolver.task_id, waited, jobs,
-            )  # fmt: skip
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        joined.set()
-        thread.join()
-
-
-def _wait_for_chief(resolver):
+def _wait_for_chief(resolver, every=20):
     """Returns when the chief listens, or here is the chief.
 
     TensorFlow would wait as well, but holding Python's lock: nothing could be said, and Ctrl-C
-    would not be heard.
+    would not be heard. That is how the chief then waits for the others.
     """
     cluster = resolver.cluster_spec()
     job = "chief" if "chief" in cluster.jobs else "worker"
-    if (resolver.task_type, resolver.task_id) == (job, 0):
+    here = (resolver.task_type, resolver.task_id)
+    if here == (job, 0):
+        log.info("%s %d waits until all have started: %s", *here, cluster.as_dict())
         return
     host, _, port = cluster.task_address(job, 0).rpartition(":")
+    start = told = time.monotonic()
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except OSError:
             time.sleep(0.5)
+        if (now := time.monotonic()) - told > every:
+            told = now
+            log.warning("%s %d has waited %.0f s for %s:%s", *here, now - start, host, port)
 
 
 def _checked_tf_config(text) -> str:

@@ -119,13 +119,13 @@ def strategy_flags():
     integer("Machine", "num_virtual_devices", None, "CPU devices for --strategy=mirrored")
 
 
-def open_strategy():
-    """The strategy of the flags; to be called before TensorFlow computes anything."""
+def open_strategy(settings):
+    """The strategy of flags or of a TrainConfig; to be called before TensorFlow computes."""
     from etfzoo.strategy import best_here, get_strategy
 
-    if FLAGS.strategy == "auto":
-        print(f"strategy: {best_here(FLAGS.tpu)}", flush=True)
-    return get_strategy(FLAGS.strategy, FLAGS.tpu, FLAGS.num_virtual_devices)
+    if settings.strategy == "auto":
+        print(f"strategy: {best_here(settings.tpu)}", flush=True)
+    return get_strategy(settings.strategy, settings.tpu, settings.num_virtual_devices)
 
 
 def train_config(task, **known):

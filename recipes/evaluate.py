@@ -21,7 +21,7 @@ def main():
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    strategy = cli.open_strategy()
+    strategy = cli.open_strategy(FLAGS)
     with strategy.scope():
         model = etfzoo.load(FLAGS.model)
     with leaving_when_a_worker_is_lost(strategy):

@@ -21,9 +21,9 @@ def main():
 
     if not (FLAGS.model or FLAGS.config):
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    cli.open_strategy()
     known = {}
     if FLAGS.model:
+        cli.open_strategy(FLAGS)  # loading computes
         handle = os.path.abspath(FLAGS.model) if os.path.exists(FLAGS.model) else FLAGS.model
         spec = etfzoo.load(handle).spec
         known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}

@@ -19,8 +19,7 @@ def main():
     from etfzoo import training
 
     config = cli.train_config("pretrain")
-    if not FLAGS.config:
-        cli.open_strategy()
+    cli.open_strategy(config)
     workdir = FLAGS.workdir or (
         f"runs/{config.dataset.replace(':', '_').replace('/', '_')}_{config.image_size}_"
         f"{config.backbone}_{config.head}{'_sw' if config.norm == 'sw' else ''}_s{config.seed}"

@@ -2,13 +2,9 @@
 
 A version folder is a plain SavedModel and one JSON file:
 
-    saved_model.pb, variables/     what TensorFlow and TF Serving read
+    saved_model.pb, variables/     what TensorFlow and TF Serving read (etfzoo.saved_model)
     assets.extra/etfzoo.json       the spec that rebuilds the Keras model, and where it comes from
-
-The weights are stored once. They are the variables of a `tf.Module` whose dict `weights` maps the
-escaped path of a Keras variable to it: `%`, `/` and `.` become `%25`, `%2F` and `%2E`, because `/`
-separates and `.` escapes in the keys of a checkpoint. The Keras model itself is only traced; saving
-it as well would store every variable a second time.
+    assets.extra/tf_serving_warmup_requests
 """
 
 import contextlib
@@ -16,7 +12,6 @@ import dataclasses
 import datetime
 import errno
 import json
-import logging
 import os
 import shutil
 import uuid
@@ -26,18 +21,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import weights
-from etfzoo.classifier import ClassifierSpec, ImageClassifier, feature_model
-from etfzoo.data import augment
+from etfzoo import saved_model
+from etfzoo.classifier import ClassifierSpec, ImageClassifier
 from etfzoo.errors import EtfzooError
+from etfzoo.saved_model import KEY_PREFIX, KEY_SUFFIX
 from etfzoo.version import __version__
 
 FORMAT = 1
 METADATA = "assets.extra/etfzoo.json"
-TOP_K = 5
-
-_KEY_PREFIX = "weights/"
-_KEY_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 def publish(
@@ -45,6 +36,7 @@ def publish(
     directory,
     version: int | None = None,
     *,
+    storage: str = "float32",
     provenance: dict | None = None,
     metrics: dict | None = None,
     licence: str | None = None,
@@ -57,19 +49,25 @@ def publish(
 
     - `serving_default`: `images` float32 `[N, H, W, 3]`, RGB in 0..255, to `logits`,
       `probabilities` `[N, K]` and `class_ids` `[N]`.
-    - `features`: `images` to the pooled `features` `[N, p]`.
+    - `features`: `images` to the pooled `features` `[N, p]` and the maps `stem`, `stage1` to
+      `stage4` (ask TF Serving for those that you need with `output_filter`).
     - `serving_bytes`: `image_bytes` `[N]`, encoded JPEG or PNG of any sizes, to the
       `class_ids`, `labels` and `scores` `[N, k]` of the k = min(5, K) likeliest classes, best
       first. Left out where the model's height or width is open.
 
-    Without a head each of them returns `features`. The reloaded object can be called too:
-    `tf.saved_model.load(path)(images, training=True)` returns `features` and `logits`, updates
-    the moving statistics and has gradients to the trainable variables in `.weights`.
+    Without a head each of them returns `features`. They compute in float32, with batch norm folded
+    into the convolutions; those weights are derived when the SavedModel is loaded, so that serving
+    holds the stored weights and a float32 copy of the kernels in memory. The reloaded object can be
+    called too: `tf.saved_model.load(path)(images, training=True)` returns `features` and `logits`
+    of the stored weights in `.weights`, updates the moving statistics and has gradients to the
+    trainable ones. (Train float32 storage: float16 kernels lose small steps. What is trained there
+    reaches the signatures only when it is saved and loaded again.)
 
     Args:
         model: the classifier; TensorFlow backend.
         directory: the model's folder, e.g. `saved_models/rn18_etf.shapes`; made if needed.
         version: a positive integer; None is one above the highest that exists.
+        storage: `"float32"`, or `"float16"` for kernels of half the size, rounded to 11 bits.
         provenance: what the weights come from (command, dataset, config, seed); JSON values.
         metrics: results; `top1` (a share of 1) is shown by `etfzoo.load`.
         licence: licence of the weights.
@@ -103,7 +101,7 @@ def publish(
     target = directory / str(version)
     if target.exists() and not overwrite:
         raise _taken(target)
-    metadata = _metadata_text(model, provenance, metrics, licence)
+    metadata = _metadata_text(model, storage, provenance, metrics, licence)
 
     temporary = directory / f".tmp-{version}-{uuid.uuid4().hex[:8]}"
     made = []
@@ -114,8 +112,7 @@ def publish(
                 folder.mkdir(exist_ok=True)
                 made.append(folder)
         temporary.mkdir()
-        _save(model, temporary)
-        (temporary / METADATA).parent.mkdir()
+        saved_model.save(model, temporary, storage)
         (temporary / METADATA).write_text(metadata, "utf-8")
         _move_into_place(temporary, target, overwrite)
         done = True
@@ -191,9 +188,9 @@ def read_weights(folder) -> dict[str, np.ndarray]:
     try:
         reader = tf.train.load_checkpoint(str(prefix))
         return {
-            _unescape(key[len(_KEY_PREFIX) : -len(_KEY_SUFFIX)]): reader.get_tensor(key)
+            saved_model.unescape(key[len(KEY_PREFIX) : -len(KEY_SUFFIX)]): reader.get_tensor(key)
             for key in reader.get_variable_to_shape_map()
-            if key.startswith(_KEY_PREFIX) and key.endswith(_KEY_SUFFIX)
+            if key.startswith(KEY_PREFIX) and key.endswith(KEY_SUFFIX)
         }
     except (tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError) as e:
         raise EtfzooError(
@@ -201,114 +198,17 @@ def read_weights(folder) -> dict[str, np.ndarray]:
         ) from e
 
 
-def _on_one_device(model):
-    """The model, or a copy of one with distributed variables, as TensorFlow cannot save those."""
-    if not any(isinstance(v.value, tf.distribute.DistributedValues) for v in model.variables):
-        return model
-    if tf.distribute.has_strategy():
-        raise EtfzooError("call publish outside of the strategy's scope")
-    copy = ImageClassifier(model.spec, name=model.name)
-    weights.assign(copy.variables, weights.as_arrays(model.variables))
-    return copy
-
-
-def _save(model, folder):
-    model = _on_one_device(model)
-    module = tf.Module()
-    module.weights = {_escape(v.path): v.value for v in model.variables}
-    if len(module.weights) != len(model.variables):
-        raise EtfzooError("two variables of the model have the same path; give layers unique names")
-    module.__call__ = _forward(model)
-    # The one line that TensorFlow logs here names the temporary folder.
-    log = logging.getLogger("tensorflow")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        signatures = _signatures(model.spec, module.__call__)
-        tf.saved_model.save(module, str(folder), signatures=signatures)
-    finally:
-        log.setLevel(level)
-
-
-def _forward(model):
-    """The network as a tf.function of images and `training`, traced once for either value."""
-    taps = ("features",) if model.spec.head is None else ("features", "logits")
-    network = feature_model(model, taps)
-    images_spec = tf.TensorSpec([None, *model.spec.input_shape], tf.float32, name="images")
-
-    def run(images, training):
-        outputs = network(tf.cast(images, network.inputs[0].dtype), training=training)
-        return {name: tf.cast(y, tf.float32) for name, y in outputs.items()}
-
-    # Saving traces a tf.function again; what it calls is a concrete function and stays as it is.
-    concrete = {
-        training: tf.function(run, autograph=False).get_concrete_function(images_spec, training)
-        for training in (False, True)
-    }
-
-    @tf.function(autograph=False)
-    def forward(images, training=False):
-        return concrete[training](images)
-
-    for training in (False, True):
-        forward.get_concrete_function(images_spec, training=training)
-    return forward
-
-
-def _signatures(spec, forward):
-    height, width, channels = spec.input_shape
-    images = tf.TensorSpec([None, height, width, channels], tf.float32, name="images")
-    encoded = tf.TensorSpec([None], tf.string, name="image_bytes")
-
-    def features(images):
-        return {"features": forward(images, training=False)["features"]}
-
-    def classify(images):
-        logits = forward(images, training=False)["logits"]
-        return {
-            "logits": logits,
-            "probabilities": tf.nn.softmax(logits),
-            "class_ids": tf.argmax(logits, axis=-1),
-        }
-
-    def pixels(image_bytes):
-        return tf.map_fn(
-            lambda b: augment.evaluation_image(b, height, width, spec.crop),
-            image_bytes,
-            fn_output_signature=tf.TensorSpec([height, width, channels], tf.float32),
-        )
-
-    def features_of_bytes(image_bytes):
-        return features(pixels(image_bytes))
-
-    def classify_bytes(image_bytes):
-        labels = tf.constant(spec.class_names or [str(i) for i in range(spec.num_classes)])
-        probabilities = classify(pixels(image_bytes))["probabilities"]
-        scores, ids = tf.math.top_k(probabilities, k=min(TOP_K, spec.num_classes))
-        return {"class_ids": tf.cast(ids, tf.int64), "labels": tf.gather(labels, ids)} | {
-            "scores": scores
-        }
-
-    def trace(function, argument):
-        return tf.function(function, input_signature=[argument])
-
-    signatures = {
-        "serving_default": trace(features if spec.head is None else classify, images),
-        "features": trace(features, images),
-    }
-    if height is not None and width is not None:
-        serve = features_of_bytes if spec.head is None else classify_bytes
-        signatures["serving_bytes"] = trace(serve, encoded)
-    return signatures
-
-
-def _metadata_text(model, provenance, metrics, licence):
+def _metadata_text(model, storage, provenance, metrics, licence):
     metadata = {
         "format": FORMAT,
         "etfzoo_version": __version__,
         "keras_version": keras.__version__,
         "spec": dataclasses.asdict(model.spec),
-        "variables": {v.path: [list(v.shape), v.dtype] for v in model.variables},
+        "storage": storage,
+        "variables": {
+            v.path: [list(v.shape), saved_model.stored_dtype(v.path, v.dtype, storage)]
+            for v in model.variables
+        },
         "provenance": provenance or {},
         "metrics": metrics or {},
         "licence": licence,
@@ -357,14 +257,6 @@ def _move_into_place(temporary, target, overwrite):
 
 def _taken(target):
     return EtfzooError(f"{target} already exists; choose another version or overwrite=True")
-
-
-def _escape(path: str) -> str:
-    return path.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
-
-
-def _unescape(key: str) -> str:
-    return key.replace("%2E", ".").replace("%2F", "/").replace("%25", "%")
 
 
 def _reason(error) -> str:

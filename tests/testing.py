@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+SIDE = 32
 
 
 def smooth_image(height, width, seed=0):
@@ -77,3 +79,35 @@ def small_disk(path, size):
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
+
+
+def make_classifier(head="etf", seed=1, backbone="rn18", **changes):
+    """A small classifier in a state that no initializer gives: every variable is random."""
+    import etfzoo
+
+    spec = {"input_shape": (SIDE, SIDE, 3), "mean": (120.0, 110, 100), "std": (50.0, 60, 70)}
+    if head == "etf":
+        spec |= {"feature_norm": "bn"}
+    if head is not None:
+        spec |= {"class_names": CLASS_NAMES}
+    spec |= {"num_classes": len(CLASS_NAMES) if head is not None else None} | changes
+    model = etfzoo.build_classifier(backbone, head=head, **spec)
+    randomize(model, seed, fixed=True)
+    return model
+
+
+def random_pixels(n=4, seed=0, side=SIDE):
+    """float32 images in 0..255."""
+    return np.random.default_rng(seed).uniform(0, 255, (n, side, side, 3)).astype("float32")
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Largest difference, relative to the largest expected value."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def leftovers(directory):
+    """Names of what is in a folder."""
+    return [p.name for p in directory.iterdir()] if directory.exists() else []

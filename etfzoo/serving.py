@@ -124,7 +124,7 @@ class _Grpc(_Client):
 
 
 class _Rest(_Client):
-    _CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 412: "FAILED_PRECONDITION"}
+    _CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED"}
     _CODES |= {503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED"}
 
     def __init__(self, *args):

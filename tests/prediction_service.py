@@ -20,7 +20,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from c_api import StatusError
 
-_HTTP = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "FAILED_PRECONDITION": 412}
+_HTTP = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "FAILED_PRECONDITION": 400}
 _URL = re.compile(r"/v1/models/(?P<name>[^/:]+)(/versions/(?P<v>\d+)|/labels/(?P<label>[^/:]+))?")
 
 
@@ -144,7 +144,8 @@ class _Rest(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(BrokenPipeError):  # a client that waits no longer
+            self.wfile.write(content)
 
     def log_message(self, *_):
         pass

@@ -25,6 +25,7 @@ from c_api import Loader, StatusError
 from etfzoo import serving
 from etfzoo.data.augment import evaluation_image
 from etfzoo.data.folders import image_files
+from etfzoo.data.sources import resolve
 from prediction_service import Models
 from prediction_service import serving as serving_models
 from testing import randomize, smooth_image
@@ -433,6 +434,41 @@ def test_image_files(photos, tmp_path):
     assert names == ["0.png", "1.jpg", "2.png", "3.jpg", "deep/4.png", "deep/5.jpg", "notes.txt"]
     with pytest.raises(etfzoo.EtfzooError, match=f"no images in {tmp_path}"):
         image_files([tmp_path])
+
+
+@pytest.mark.slow
+def test_from_training_to_the_answers_of_a_server(embedded_dir, tmp_path):
+    """Workdir of a fine-tuning, publish, C++ loader, service, client: the recipes of the docs."""
+    flags = (f"--data_dir={embedded_dir}", "--protocol=quickstart", "--epochs=1")
+    source, tuned = tmp_path / "source", tmp_path / "tuned"
+    flags = (*flags, "--batch_size=50")
+    run("pretrain", "--dataset=digits", "--backbone=rn18", *flags, f"--workdir={source}")
+    target = "--dataset=shapes/outlines"
+    run("finetune", f"--model={source}", target, *flags, f"--workdir={tuned}")
+    model = etfzoo.load(tuned)
+    version = etfzoo.publish(model, tmp_path / "models" / "rn18_etf.outlines")
+    records = list(resolve("shapes/outlines", str(embedded_dir)).records("test").take(12))
+    images = [record["image"].numpy() for record in records]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, image in enumerate(images):
+        suffix = "png" if image.startswith(b"\x89PNG") else "jpg"
+        (photos / f"{number:02d}.{suffix}").write_bytes(image)
+    height, width = model.spec.input_shape[:2]
+    pixels = np.stack([evaluation_image(i, height, width, model.spec.crop) for i in images])
+    with Loader(version) as loader, serving_models(Models({"outlines": {1: loader}})) as addresses:
+        assert "tensorflow" not in loader.modules
+        assert_close(loader.run("serving_default", images=pixels)["logits"], model(pixels))
+        tables = [
+            table_of(run("serve_client", f"--server={address}", f"--protocol={protocol}",
+                         "--model=outlines", photos))
+            for protocol, address in addresses.items()
+        ]  # fmt: skip
+    predicted = table_of(run("predict", f"--model={tuned}", photos))
+    best = [model.spec.class_names[i] for i in model(pixels).numpy().argmax(-1)]
+    assert [cells[0][0] for cells in predicted.values()] == best
+    for table in tables:
+        assert_same_table(table, predicted)
 
 
 # --- what lies in serving/

@@ -129,12 +129,15 @@ REQUESTS = {
         _pixels_signature(rng),
         {"images": _pixels(rng, side, 0).astype(rng.choice(list(DTYPES.values())[1:]))},
     ),
+    "an image without a batch": lambda rng, side: (
+        _pixels_signature(rng),
+        {"images": _pixels(rng, side, 0)[0]},
+    ),
     "wrong rank": lambda rng, side: (
         _pixels_signature(rng),
         {
             "images": np.ones(
-                [(), (9,), (side, 3), (side, side, 3), (1, 1, side, side, 3)][rng.integers(5)],
-                np.float32,
+                [(), (9,), (side, 3), (1, 1, side, side, 3)][rng.integers(4)], np.float32
             )
         },
     ),

@@ -39,6 +39,7 @@ clean:
 
 # $(BUSY) is there while an install runs: one left behind was interrupted, and that .venv is built
 # anew, as is one whose pip doesn't run. Otherwise pip only adds what setup.py asks for.
+# tensorflow-serving-api asks for `tensorflow`, whose files would replace those of tensorflow-cpu.
 $(READY): setup.py etfzoo/version.py
 	@if test -e $(BUSY) || ! $(RUN) -m pip --version >/dev/null 2>&1; then \
 		$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
@@ -51,5 +52,6 @@ $(READY): setup.py etfzoo/version.py
 	@echo "Installing etfzoo and its dependencies into $(VENV); the first time takes a minute or two."
 	@touch $(BUSY)
 	@$(RUN) -m pip --disable-pip-version-check install -qq -e '.[cpu,test]'
+	@$(RUN) -m pip --disable-pip-version-check install -qq --no-deps 'tensorflow-serving-api==2.21.*'
 	@rm $(BUSY)
 	@touch $@

@@ -53,7 +53,11 @@ setup(
         ],
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
         "tpu": ["tensorflow-tpu>=2.19"],  # its releases trail those of tensorflow
+        # For recipes/serve_client.py. It asks for `tensorflow`, which must not be installed beside
+        # tensorflow-cpu: there run `pip install --no-deps tensorflow-serving-api grpcio` instead.
+        "serving": ["grpcio", "tensorflow-serving-api>=2.21,<2.22"],
         "test": [
+            "grpcio",  # with tensorflow-serving-api, which the Makefile installs by itself
             "pytest>=8",
             "ruff>=0.17,<0.18",  # a newer ruff may format differently
             "setuptools>=64",  # the packaging test builds a wheel with these two

@@ -230,14 +230,17 @@ def _signatures(spec, forward):
     images = _images_spec(spec)
     encoded = tf.TensorSpec([None], tf.string, name="image_bytes")
 
+    def network(images):
+        return forward(_checked(images, [None, height, width, channels]))
+
     def features(images):
-        return {name: y for name, y in forward(images).items() if name != "logits"}
+        return {name: y for name, y in network(images).items() if name != "logits"}
 
     def pooled(images):
-        return {"features": forward(images)["features"]}
+        return {"features": network(images)["features"]}
 
     def classify(images):
-        logits = forward(images)["logits"]
+        logits = network(images)["logits"]
         return {
             "logits": logits,
             "probabilities": tf.nn.softmax(logits),
@@ -246,8 +249,8 @@ def _signatures(spec, forward):
 
     def pixels(image_bytes):
         return tf.map_fn(
-            lambda b: augment.evaluation_image(b, height, width, spec.crop),
-            image_bytes,
+            lambda b: augment.evaluation_image(augment.check_size(b), height, width, spec.crop),
+            _checked(image_bytes, [None]),
             fn_output_signature=tf.TensorSpec([height, width, channels], tf.float32),
         )
 
@@ -273,6 +276,20 @@ def _signatures(spec, forward):
         serve = pooled_of_bytes if spec.head is None else classify_bytes
         signatures["serving_bytes"] = trace(serve, encoded)
     return signatures
+
+
+def _checked(batch, shape):
+    """The batch, or INVALID_ARGUMENT if it is empty, of another shape or not finite.
+
+    The C++ session checks no shapes: a convolution of rank 3 ends the whole server, and grey
+    images are broadcast. NaN becomes zero in a ReLU, and so an answer like any other.
+    """
+    batch = tf.ensure_shape(batch, shape)
+    if batch.dtype.is_floating:
+        batch = tf.debugging.check_numerics(batch, "pixels")
+    filled = tf.debugging.assert_positive(tf.size(batch), "the batch is empty")
+    with tf.control_dependencies([filled]):
+        return tf.identity(batch)
 
 
 def _images_spec(spec):

@@ -183,11 +183,46 @@ def parse_numbers(name) -> list[float]:
         raise etfzoo.EtfzooError(f"--{name} takes numbers separated by commas: {error}") from error
 
 
-def run(main, doc):
-    """Parses the flags and runs a recipe; bad input ends it with one line and exit code 2."""
+def image_arguments(arguments):
+    """The images that the arguments of a recipe name: files, and folders of them.
+
+    Raises:
+        EtfzooError: none, or no such file.
+    """
+    from etfzoo.data.folders import image_files
+
+    if not arguments:
+        raise etfzoo.EtfzooError("say which images: files or folders, beside the flags")
+    return image_files(arguments)
+
+
+def print_predictions(paths, predictions):
+    """A table of the likeliest classes of each image.
+
+    Args:
+        paths: of the images.
+        predictions: for each image its pairs of a label and a score in 0..1, best first.
+    """
+    from etfzoo import report
+
+    rows = [
+        [str(path), *(f"{label} {100 * score:.1f} %" for label, score in classes)]
+        for path, classes in zip(paths, predictions, strict=True)
+    ]
+    print(report.text_table([["image", *map(str, range(1, len(rows[0])))], *rows]), flush=True)
+
+
+def run(main, doc, arguments=False):
+    """Parses the flags and runs a recipe; bad input ends it with one line and exit code 2.
+
+    Args:
+        main: the recipe.
+        doc: what `--help` prints above the flags.
+        arguments: whether `main` takes a list of what is written beside the flags.
+    """
 
     def guarded(argv):
-        if len(argv) > 1:
+        if len(argv) > 1 and not arguments:
             _fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -200,7 +235,7 @@ def run(main, doc):
         absl_logging.set_verbosity(absl_logging.ERROR)
         _import_tensorflow()
         try:
-            main()
+            main(argv[1:]) if arguments else main()
         except etfzoo.EtfzooError as error:
             _fail(error)
         except KeyboardInterrupt:

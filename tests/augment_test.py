@@ -11,7 +11,7 @@ from PIL import Image
 from etfzoo.data import augment
 from etfzoo.data.augment import Augmentation
 from etfzoo.errors import EtfzooError
-from testing import smooth_image
+from testing import claiming, smooth_image
 
 CROP = 0.875
 
@@ -339,3 +339,25 @@ def test_bad_augmentations():
     for min_area in (0, -0.1, 1.5, float("nan")):
         with pytest.raises(EtfzooError, match=r"min_area must be in \(0, 1\]"):
             Augmentation(min_area=min_area)
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG"])
+@pytest.mark.parametrize("check", [augment.check_size, tf.function(augment.check_size)])
+def test_check_size(suffix, check):
+    encoded = encode(smooth_image(8, 8), suffix)
+    for height, width in ((8, 8), (2**13, 2**13), (2, 2**15)):
+        image = claiming(encoded, height, width)
+        assert check(tf.constant(image)).numpy() == image
+    for height, width in ((2**13, 2**13 + 1), (65500, 65500), (0, 8), (8, 0)):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            check(tf.constant(claiming(encoded, height, width)))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [b"", b"x", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a" + bytes(99), b"BM" + bytes(99)]
+    + [claiming(encode(smooth_image(8, 8)), 2**n - 1, 2**n - 1) for n in (31, 32)],
+)
+def test_check_size_refuses_all_but_jpeg_and_png(encoded):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        augment.check_size(tf.constant(encoded))

@@ -11,6 +11,7 @@ import tensorflow as tf
 from etfzoo.errors import EtfzooError, unknown
 
 CROPS = ("resized_crop", "shift", "none")
+MAX_PIXELS = 2**26  # of an image from a stranger; decoding takes up to some 6 bytes a pixel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,43 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     """An encoded JPEG, PNG, BMP or GIF string as uint8 RGB `[H, W, 3]`."""
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
+
+
+def check_size(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
+    """The encoded image itself, if its header says that it is safe to decode.
+
+    Some kilobytes may unfold to gigabytes, so the size is read before anything is decoded.
+
+    Args:
+        encoded: scalar string.
+        max_pixels: largest height times width.
+
+    Raises:
+        tf.errors.InvalidArgumentError: when it runs: neither JPEG nor PNG, no readable header, or
+            more pixels.
+    """
+
+    def size_of_png():
+        start = tf.strings.substr(encoded, 0, 24) + 24 * "\0"  # of a short file as well
+        # 8 bytes signature, 4 length, then the first chunk, which libpng wants to be IHDR
+        first = tf.strings.substr(start, 0, 8) + tf.strings.substr(start, 12, 4)
+        is_png = tf.debugging.Assert(
+            first == b"\x89PNG\r\n\x1a\nIHDR", ["neither a JPEG nor a PNG image"]
+        )
+        with tf.control_dependencies([is_png]):
+            sides = tf.strings.substr(start, 16, 8)
+        return tf.cast(tf.io.decode_raw(sides, tf.int32, little_endian=False), tf.int64)
+
+    size = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.cast(tf.image.extract_jpeg_shape(encoded)[:2], tf.int64),
+        size_of_png,
+    )
+    # A side below zero is one above 2**31 - 1, which no PNG has.
+    bearable = (tf.reduce_min(size) > 0) & (tf.reduce_prod(size) <= max_pixels)
+    message = f"the image has no pixels or more than {max_pixels}; its sides are"
+    with tf.control_dependencies([tf.debugging.Assert(bearable, [message, size])]):
+        return tf.identity(encoded)
 
 
 def _decode_window(encoded, is_jpeg, top, left, height, width):

@@ -106,11 +106,35 @@ def _list_images(root: Path, path: Path, classes) -> tuple[tuple[str, int], ...]
     return tuple(
         (str(file.relative_to(root)), label)
         for label, name in enumerate(classes)
-        for file in sorted((path / name).rglob("*"))
+        for file in _images_below(path / name)
+    )
+
+
+def image_files(paths) -> list[Path]:
+    """The images that a user named: files of any name, and those in folders, however deep.
+
+    Raises:
+        EtfzooError: no such file or folder, or no image in a folder.
+    """
+    found = []
+    for path in map(Path, paths):
+        images = _images_below(path) if path.is_dir() else [path]
+        if not path.exists():
+            raise EtfzooError(f"no such file or folder: {path}")
+        if not images:
+            raise EtfzooError(f"no images in {path} ({', '.join(_IMAGE_SUFFIXES)})")
+        found += images
+    return found
+
+
+def _images_below(path: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(path.rglob("*"))
         if file.suffix.lower() in _IMAGE_SUFFIXES
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    ]
 
 
 def _complete_splits(files) -> dict:

@@ -56,7 +56,10 @@ setup(
         # For recipes/serve_client.py. It asks for `tensorflow`, which must not be installed beside
         # tensorflow-cpu: there run `pip install --no-deps tensorflow-serving-api grpcio` instead.
         "serving": ["grpcio", "tensorflow-serving-api>=2.21,<2.22"],
+        "onnx": ["tf2onnx>=1.17"],
         "test": [
+            "onnxruntime",
+            "tf2onnx>=1.17",
             "grpcio",  # with tensorflow-serving-api, which the Makefile installs by itself
             "pytest>=8",
             "ruff>=0.17,<0.18",  # a newer ruff may format differently

@@ -28,7 +28,7 @@ from etfzoo.data.folders import image_files
 from etfzoo.data.sources import resolve
 from prediction_service import Models
 from prediction_service import serving as serving_models
-from testing import randomize, smooth_image
+from testing import assert_close, randomize, smooth_image
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 32
@@ -70,16 +70,11 @@ def evaluated(model, images):
     return tf.nn.softmax(model(np.stack(pixels))).numpy()
 
 
-def assert_close(actual, expected):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
-
-
 def assert_top5(outputs, probabilities):
     order = np.argsort(-probabilities, axis=-1)[:, :5]
     np.testing.assert_array_equal(outputs["class_ids"], order)
-    assert_close(outputs["scores"], np.take_along_axis(probabilities, order, axis=-1))
+    # A logit of 20 that is 1e-5 of itself off changes its probability by up to 5e-5.
+    assert_close(outputs["scores"], np.take_along_axis(probabilities, order, axis=-1), 1e-4)
     labels = [[x.decode() if isinstance(x, bytes) else x for x in row] for row in outputs["labels"]]
     assert labels == [[NAMES[i] for i in row] for row in order]
 
@@ -125,7 +120,7 @@ def test_pixels_equal_keras(loader, model, count):
     logits = model(pixels).numpy()
     outputs = loader.run("serving_default", images=pixels)
     assert_close(outputs["logits"], logits)
-    assert_close(outputs["probabilities"], tf.nn.softmax(logits))
+    assert_close(outputs["probabilities"], tf.nn.softmax(logits), 1e-4)
     np.testing.assert_array_equal(outputs["class_ids"], logits.argmax(-1))
 
 

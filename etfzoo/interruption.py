@@ -67,7 +67,7 @@ def leaving_when_a_worker_is_lost(strategy):
         if num_workers(strategy) == 1:
             raise
         log.error(
-            "another worker is gone (%s: %s); start all workers again to go on from the last "
+            "another worker is gone (%s: %s): see what it said, then start all again to go on from the last "
             "checkpoint",
             type(error).__name__,
             _reason(error),

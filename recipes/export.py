@@ -4,9 +4,9 @@
   python recipes/export.py --model=rn18_etf.shapes --format=keras --output=shapes.keras
   python recipes/export.py --model=runs/my_run --storage=float16 --output=models/flowers
 
-A SavedModel goes to <output>/<version>/, the next version that is free; recipes/publish.py adds what
-the zoo needs (card, metrics, index). ONNX takes pixels
-[N, H, W, 3] in 0..255 and gives logits; .keras files load in plain Keras.
+A SavedModel goes to <output>/<version>/, the next version that is free; recipes/publish.py adds
+what the zoo needs (card, metrics, index). ONNX takes pixels [N, H, W, 3] in 0..255 and gives
+logits; .keras files load in plain Keras.
 """
 
 import os

@@ -14,7 +14,7 @@ import tensorflow as tf
 from PIL import Image
 
 import etfzoo
-from etfzoo import export
+from etfzoo import export, manifest
 from testing import randomize, small_disk
 
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -79,7 +79,10 @@ def test_first_version_and_its_files(version):
         "variables/variables.index",
         "variables/variables.data-00000-of-00001",
         "assets.extra/etfzoo.json",
+        "assets.extra/files.json",
+        "README.md",
     }
+    assert manifest.verify(version)
 
 
 def test_metadata(model, version):

@@ -29,15 +29,19 @@ _PROGRESS_BYTES = 1 << 20  # so many new bytes make the attempts count from the 
 
 
 class NetworkError(EtfzooError):
-    """The address gave no answer, or not the file; what has come is worth keeping."""
+    """No connection, or one that ended too early; what has come is worth keeping."""
 
 
 class WrongContent(EtfzooError):
-    """What came is not what was announced; it is worth nothing."""
+    """The address has not what was announced; what has come is worth nothing."""
 
 
 class _Interrupted(Exception):
     """Worth another attempt."""
+
+
+class _Ended(_Interrupted):
+    """The file ended too early, and the server seems to think that this is all."""
 
 
 def timeout() -> float:
@@ -67,8 +71,7 @@ def fetch_bytes(url: str, limit: int) -> bytes:
         limit: number of bytes from which on it is refused.
 
     Raises:
-        NetworkError: it cannot be had, see `fetch_file`.
-        WrongContent: it is larger.
+        NetworkError, WrongContent: it cannot be had, see `fetch_file`, or is larger.
     """
 
     def attempt():
@@ -94,10 +97,11 @@ def fetch_file(url: str, path, size: int, sha256: str, on_bytes=lambda count: No
         on_bytes: called with the number of bytes that are there, now and then.
 
     Raises:
-        NetworkError: no connection, an HTTP error, a stall of more than `timeout()` seconds or a
-            dropped connection, after several attempts where these make sense. `path` keeps what
-            has come.
-        WrongContent: more bytes than announced or another hash; `path` is removed.
+        NetworkError: no connection, an answer of 500 or more, a stall of more than `timeout()`
+            seconds or a dropped connection, after several attempts where these make sense. `path`
+            keeps what has come.
+        WrongContent: nothing there for us (403, 404, a bad redirect), more bytes than announced or
+            another hash; of a wrong file nothing stays.
         EtfzooError: `path` cannot be written (full disk, no permission); it is removed.
     """
     try:
@@ -105,6 +109,7 @@ def fetch_file(url: str, path, size: int, sha256: str, on_bytes=lambda count: No
         try:
             _complete(url, path, size, sha256, on_bytes)
         except WrongContent:
+            _remove(path)
             if not resumed:
                 raise
             # The old part may be of another file; without it the server gets a fair chance.
@@ -123,7 +128,7 @@ def _complete(url, path, size, sha256, on_bytes):
         if have < size:
             have = _append(url, path, have, size, on_bytes)
         if have < size:
-            raise _Interrupted(f"the connection ended after {have} of {size} bytes")
+            raise _Ended(f"it ends after {have} of {size} bytes")
 
     _attempts(url, attempt, lambda: _size(path))
     with open(path, "a+b") as file:  # also makes an empty file
@@ -168,6 +173,11 @@ def _attempts(url, attempt, progress):
         except _Interrupted as e:
             if progress() - mark >= _PROGRESS_BYTES:
                 failures, mark = 0, progress()
+            if failures == len(WAITS) and isinstance(e, _Ended):
+                raise WrongContent(
+                    f"{url} is not the published file: {e}; try another address or tell the "
+                    "publisher"
+                ) from None
             if failures == len(WAITS):
                 raise NetworkError(
                     f"cannot download {url}: {e}; gave up after {failures + 1} attempts, try "
@@ -200,17 +210,17 @@ def _open_http(shown, url, start, headers):
         raise _Interrupted(f"the server answers {_status(response)}")
     if status not in (200, 206):
         response.close()
-        raise NetworkError(f"cannot download {shown}: {_status(response)}; {_advice(status)}")
+        raise WrongContent(f"cannot download {shown}: {_status(response)}; {_advice(status)}")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         response.close()
-        raise NetworkError(
+        raise WrongContent(
             f"cannot download {shown}: the server sends it compressed; tell its owner"
         )
     if status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         return start, _chunks(response)
     if status == 206:
         response.close()
-        raise NetworkError(f"cannot download {shown}: the server answers with another part of it")
+        raise WrongContent(f"cannot download {shown}: the server answers with another part of it")
     return 0, _chunks(response)
 
 
@@ -220,7 +230,7 @@ def _follow(shown, url, start, headers):
     host = urlsplit(url).netloc
     while True:
         if url in seen or len(seen) == _MAX_REDIRECTS:
-            raise NetworkError(
+            raise WrongContent(
                 f"cannot download {shown}: its redirects lead nowhere; tell its owner"
             )
         seen.add(url)
@@ -231,7 +241,7 @@ def _follow(shown, url, start, headers):
         response.close()
         before, after = urlsplit(url).scheme, urlsplit(target).scheme
         if after not in ("https", "http") or (before, after) == ("https", "http"):
-            raise NetworkError(
+            raise WrongContent(
                 f"cannot download {shown}: it redirects from {before} to {after or 'nowhere'}: "
                 "refused; tell its owner"
             )
@@ -292,9 +302,13 @@ def _open_gfile(url, start):
                 file.seek(start)
                 while chunk := file.read(_CHUNK):
                     yield chunk
+        except (tf.errors.NotFoundError, tf.errors.PermissionDeniedError) as e:
+            raise WrongContent(
+                f"cannot download {url}: {first_line(e)}; check the address and your access to it"
+            ) from e
         except tf.errors.OpError as e:
             raise NetworkError(
-                f"cannot download {url}: {first_line(e)}; check the address and your access to it"
+                f"cannot download {url}: {first_line(e)}; check the network and your login"
             ) from e
 
     return start, chunks()

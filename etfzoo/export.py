@@ -167,7 +167,8 @@ def read_metadata(folder) -> dict:
         ) from None
     except (OSError, ValueError) as e:
         raise EtfzooError(f"{path} cannot be read: {first_line(e)}") from e
-    if not isinstance(metadata, dict) or type(metadata.get("format")) is not int:
+    number = metadata.get("format") if isinstance(metadata, dict) else None
+    if type(number) is not int or number < 1:
         raise EtfzooError(f"{path} is not etfzoo metadata: it has no format number")
     if metadata["format"] > FORMAT:
         raise EtfzooError(

@@ -79,16 +79,18 @@ def fetch_version(name: str, version: int, urls, listing: dict[str, manifest.Ent
                 "own by its path"
             ) from e
 
-    return _fetch(target, what, urls, lambda url: listing, check)
+    return _fetch(target, what, urls, lambda url: listing, check, lambda folder: None)
 
 
-def fetch_url(handle: str) -> Path:
+def fetch_url(handle: str, try_out=lambda folder: None) -> Path:
     """The folder of the version at an address, downloaded unless it is there.
 
     Args:
         handle: `https://`, `http://` or `gs://` address of a version folder, or
             `hf://owner/repo[/folder][@revision]`; `#sha256=` and the hash of its files.json may
             follow.
+        try_out: called with the downloaded folder before it gets its place; an EtfzooError that it
+            raises refuses it. Good hashes alone don't make a model.
 
     Raises:
         EtfzooError: a bad address, offline, nothing to download there, or files that are not what
@@ -117,7 +119,7 @@ def fetch_url(handle: str) -> Path:
         listing = manifest.parse(content, address)
         return listing | {manifest.NAME: manifest.Entry(digest, len(content))}
 
-    return _fetch(target, url, [url], listing_at, check)
+    return _fetch(target, url, [url], listing_at, check, try_out)
 
 
 def parse_handle(handle: str) -> tuple[str, str | None]:
@@ -148,7 +150,7 @@ def parse_handle(handle: str) -> tuple[str, str | None]:
     return url, pin and pin[1].lower()
 
 
-def _fetch(target, what, urls, listing_at, check) -> Path:
+def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
     """Fills `target` unless it is there and `check()` finds no fault in it.
 
     Args:
@@ -157,6 +159,7 @@ def _fetch(target, what, urls, listing_at, check) -> Path:
         urls: addresses of its version folder.
         listing_at: gives the files that belong to it, by address.
         check: raises EtfzooError where the folder is damaged.
+        try_out: raises EtfzooError where a download is to be refused.
     """
     fault = _fault(target, check)
     if fault is None:
@@ -178,7 +181,7 @@ def _fetch(target, what, urls, listing_at, check) -> Path:
         error = None
         for url in urls:
             try:
-                _download(temporary / "files", what, url, listing_at(url))
+                _download(temporary / "files", what, url, listing_at(url), try_out)
                 _place(temporary, target)
                 return target
             except (download.NetworkError, download.WrongContent) as e:
@@ -201,7 +204,7 @@ def _fault(target, check) -> str | None:
     return None
 
 
-def _download(folder, what, url, listing):
+def _download(folder, what, url, listing, try_out):
     """Brings all listed files into `folder`, and nothing else."""
     try:
         _tidy(folder, listing)
@@ -224,6 +227,10 @@ def _download(folder, what, url, listing):
         own = manifest.read(folder)
         if own != {name: e for name, e in listing.items() if name != manifest.NAME}:
             raise download.WrongContent(f"{url}: its files.json and the index differ: refused")
+        try:
+            try_out(folder)
+        except EtfzooError as e:
+            raise download.WrongContent(f"{url} is no model that can be loaded: {e}") from e
     except download.NetworkError:
         raise  # what has come is kept, to be resumed
     except EtfzooError:

@@ -160,13 +160,12 @@ def verify(folder, listing: dict[str, Entry] | None = None) -> bool:
         EtfzooError: what differs first.
     """
     folder = Path(folder)
+    if listing is None and not os.path.lexists(folder / NAME):
+        return False
+    found = _walk(folder)  # before anything is opened: a pipe in place of a file would never end
     if listing is None:
         listing = read(folder)
-        if listing is None:
-            return False
-        found = _walk(folder) - {NAME}
-    else:
-        found = _walk(folder)
+        found -= {NAME}
     for what, names in (
         ("lacks", listing.keys() - found),
         ("holds files that were not published:", found - listing.keys()),

@@ -4,8 +4,6 @@ import logging
 import sys
 import time
 
-import keras
-
 _log = logging.getLogger("etfzoo")
 
 
@@ -37,6 +35,8 @@ class Progress:
         self._bar = None
         if not quiet and sys.stdout.isatty():
             print(title, flush=True)
+            import keras  # late: a download alone needs no Keras
+
             metrics = ["loss", "top1", "val_top1"]
             self._bar = keras.utils.Progbar(steps, stateful_metrics=metrics, unit_name=unit)
 

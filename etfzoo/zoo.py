@@ -205,7 +205,7 @@ def _find(handle) -> _Source:
 
 
 def _find_address(handle) -> _Source:
-    folder = hub.fetch_url(handle)
+    folder = hub.fetch_url(handle, try_out=load)
     *parents, last = hub.parse_handle(handle)[0].partition("@")[0].split("/")
     version = int(last) if last.isdecimal() else None
     return _Source(last if version is None else parents[-1], version, folder=folder)

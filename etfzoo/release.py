@@ -69,7 +69,7 @@ def release(
         raise EtfzooError(f"this etfzoo stores float32 only; got storage={storage!r}")
 
     staging = folder.parent / f".publish-{uuid.uuid4().hex[:8]}"
-    target = None
+    target, carded = None, False
     readme = folder / card.NAME
     old_card = readme.read_text("utf-8") if readme.exists() else None
     try:
@@ -90,16 +90,17 @@ def release(
             raise EtfzooError(f"cannot write {folder / str(version)}: {e.strerror or e}") from e
         target = folder / str(version)
         files.write_text(readme, card.read(target))
+        carded = True
         if index_path is not None:
             address = f"{url.rstrip('/')}/{name}/{version}"
             index.add(index_path, name, version, _row(target, licence), _entry(target, address))
     except BaseException:
         if target is not None:
             shutil.rmtree(target, ignore_errors=True)
-            with contextlib.suppress(OSError, EtfzooError):
-                readme.unlink(missing_ok=True)
-                if old_card is not None:
-                    files.write_text(readme, old_card)
+        if carded and old_card is not None:
+            files.write_text(readme, old_card)
+        elif carded:
+            readme.unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise

@@ -250,7 +250,8 @@ def _find_name(text) -> _Source:
             if chosen not in versions:
                 continue
             if version is None and chosen < max(published, default=0):
-                say("version %d of %s is published; ask for %s@N", max(published), full, full)
+                newest = f"{full}@{max(published)}"
+                say("%s is newer than version %d here and published", newest, chosen)
             if root == hub.home() and chosen in published:
                 return _fetched(_Source(full, chosen, row=row, bare=bare))
             return _Source(full, chosen, folder=_verified(versions[chosen]), bare=bare)

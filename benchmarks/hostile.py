@@ -63,11 +63,13 @@ def main():
                 faults, message = mutations.refusal(world, where)
                 places[where] += 1
                 failed += bool(faults)
-                # Folders and ports of this run are noise in a log that is kept.
-                message = message.replace(server.url, "http://server").replace(str(root), "")
-                message = message.replace(f"127.0.0.1_{server.server_port}", "server")
                 title = f"{name}: {what}" if what is not None else name
-                log("; ".join([f"{number}: {title}: {message}", *(f"FAILED: {f}" for f in faults)]))
+                line = "; ".join(
+                    [f"{number}: {title}: {message}", *(f"FAILED: {f}" for f in faults)]
+                )
+                # Folders and ports of this run are noise in a log that is kept.
+                line = line.replace(server.url, "http://server").replace(str(root), "")
+                log(line.replace(f"127.0.0.1_{server.server_port}", "server"))
         log(", ".join(f"{count} by {place}" for place, count in places.items()))
         log(f"{args.count} mutations, {failed} failed")
     sys.exit(failed > 0)

@@ -1,6 +1,5 @@
 """Tests of names, folders and loading."""
 
-import json
 import logging
 import os
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 import etfzoo
-from etfzoo import backbones, classifier, export, index, manifest, weights, zoo
+from etfzoo import backbones, classifier, index, weights, zoo
 from testing import randomize
 
 SIDE = 32
@@ -407,85 +406,6 @@ def test_info_of_the_index():
     assert (found["num_classes"], found["input_shape"]) == (1000, (224, 224, 3))
     assert found["command"] == "python recipes/pretrain.py --backbone=rn101 --head=etf"
     assert found["spec"]["backbone"] == "rn101"
-
-
-METADATA = export.METADATA
-
-
-def edit(change):
-    """A damage that changes the JSON file's document."""
-
-    def damage(path):
-        document = json.loads(path.read_text("utf-8"))
-        change(document)
-        rewrite(path, json.dumps(document).encode())
-
-    return damage
-
-
-def rewrite(path, content):
-    path.unlink()  # a hard link: its other name keeps the file
-    path.write_bytes(content)
-
-
-def of_another_model(path):
-    """Weights whose files are in order and whose shapes are others."""
-    for name in ("variables.index", "variables.data-00000-of-00001"):
-        other = Path(os.environ["ETFZOO_HOME"]) / "rn18_linear/3/variables" / name
-        rewrite(path.with_name(name), other.read_bytes())
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda p: rewrite(p, b"\xff\xfe\x00"), "cannot be read"),
-        (lambda p: rewrite(p, b"[" * 10**6), "cannot be read: it is nested too deeply"),
-        (lambda p: rewrite(p, b'{"format": 1, "format": 1}'), "a key occurs twice"),
-        (lambda p: rewrite(p, b'{"format": NaN}'), "the number NaN is not finite"),
-        (lambda p: rewrite(p, b"[1]"), "has no format number"),
-        (edit(lambda d: d.pop("format")), "has no format number"),
-        (edit(lambda d: d.update(format=2)), "reads up to 1: upgrade etfzoo"),
-        (edit(lambda d: d.pop("spec")), "has no usable spec"),
-        (edit(lambda d: d.update(spec=[])), "has no usable spec"),
-        (edit(lambda d: d.update(metrics=[1])), "metrics is no JSON object"),
-        (edit(lambda d: d["spec"].update(new=1)), "unknown fields: .'new'"),
-        (edit(lambda d: d["spec"].update(backbone="rn19")), "unknown backbone 'rn19'"),
-        (edit(lambda d: d["spec"].update(num_classes="5")), "has no usable spec"),
-        (edit(lambda d: d["spec"].update(num_classes=10**12, class_names=None)), "do not fit"),
-        (edit(lambda d: d["spec"].update(mean=[1.0])), "3 numbers each"),
-        (edit(lambda d: d["spec"].update(crop=-1)), "crop must be in"),
-        (edit(lambda d: d["spec"].update(input_shape=[-4, 4, 3])), "input_shape must be"),
-        (edit(lambda d: d["spec"].update(class_names=[1, 2, 3, 4, 5])), "must be strings"),
-        (edit(lambda d: d["spec"].update(dtype="float33")), "cannot be built"),
-        (edit(lambda d: d["spec"].update(num_classes=6, class_names=None)), "do not fit"),
-        (edit(lambda d: d["spec"].update(backbone="rn34")), "do not fit the model: miss"),
-        (of_another_model, "do not fit the model: missing: logits/"),
-    ],
-)
-def test_folders_whose_hashes_are_right_and_content_is_not(zoo_folder, tmp_path, damage, message):
-    folder = link(zoo_folder / "rn18_etf.shapes/1", tmp_path / "rn18_etf.bad/1")
-    path = folder / METADATA if damage is not of_another_model else folder / "variables/x"
-    damage(path)
-    (folder / manifest.NAME).unlink()
-    manifest.write(folder)
-    with pytest.raises(etfzoo.EtfzooError, match=message) as error:
-        etfzoo.load(folder)
-    assert "\n" not in str(error.value)
-    assert str(folder) in str(error.value)
-
-
-def test_a_folder_from_before_files_json(zoo_folder, tmp_path, etf):
-    folder = link(zoo_folder / "rn18_etf.shapes/1", tmp_path / "rn18_etf.old/1")
-    (folder / manifest.NAME).unlink()
-    with pytest.raises(etfzoo.EtfzooError, match="files.json is missing: an incomplete copy"):
-        etfzoo.load(folder)
-    edit(lambda d: d.pop("manifest"))(folder / METADATA)
-    assert_same(etfzoo.load(folder), etf)
-    content = bytearray((folder / "variables/variables.data-00000-of-00001").read_bytes())
-    content[len(content) // 2] ^= 16
-    rewrite(folder / "variables/variables.data-00000-of-00001", content)
-    with pytest.raises(etfzoo.EtfzooError, match="damaged or incomplete"):
-        etfzoo.load(folder)
 
 
 def test_a_savedmodel_of_others(tmp_path):

@@ -41,6 +41,7 @@ setup(
         "matplotlib",
         "numpy",
         "pillow",
+        "requests",
         "scikit-learn",
         "tensorboard",
         "tensorflow-datasets>=4.9.10",
@@ -52,6 +53,7 @@ setup(
             f"tensorflow>=2.21,<2.22; {NO_TF_CPU}",
         ],
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
+        "hf": ["huggingface_hub"],  # for hf:// addresses
         "tpu": ["tensorflow-tpu>=2.19"],  # its releases trail those of tensorflow
         # For recipes/serve_client.py. It asks for `tensorflow`, which must not be installed beside
         # tensorflow-cpu: there run `pip install --no-deps tensorflow-serving-api grpcio` instead.

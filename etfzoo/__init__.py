@@ -20,6 +20,8 @@ _PUBLIC = {
     "list_models": "etfzoo.zoo",
     "info": "etfzoo.zoo",
     "publish": "etfzoo.export",
+    "preprocess": "etfzoo.inference",
+    "decode_predictions": "etfzoo.inference",
     "EtfzooError": "etfzoo.errors",
 }
 _MODULES = ("layers", "data", "protocols")

@@ -49,10 +49,20 @@ class ClassifierSpec:
             raise unknown("norm", self.norm, backbones.NORMS)
         if self.feature_norm not in FEATURE_NORMS:
             raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
-        if len(self.input_shape) != 3 or self.input_shape[-1] != 3:
+        if (
+            len(self.input_shape) != 3
+            or self.input_shape[-1] != 3
+            or not all(n is None or (isinstance(n, int) and n > 0) for n in self.input_shape)
+        ):
             raise EtfzooError(f"input_shape must be (height, width, 3); got {self.input_shape}")
+        if not 0 < self.crop <= 1:
+            raise EtfzooError(f"crop must be in (0, 1]; got {self.crop}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+            raise EtfzooError(f"mean and std need 3 numbers each; got {self.mean} and {self.std}")
         if self.head is not None and (self.num_classes is None or self.num_classes < 1):
             raise EtfzooError(f"num_classes must be at least 1; got {self.num_classes}")
+        if not all(isinstance(name, str) for name in self.class_names or ()):
+            raise EtfzooError("class_names must be strings")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise EtfzooError(f"{len(self.class_names)} class names for {self.num_classes} classes")
 

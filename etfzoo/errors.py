@@ -23,3 +23,9 @@ def unknown(kind: str, name: str, choices) -> EtfzooError:
     close = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
     return EtfzooError(f"unknown {kind} {name!r}; {hint}")
+
+
+def first_line(error) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    lines = str(getattr(error, "message", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

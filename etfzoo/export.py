@@ -1,10 +1,12 @@
 """Published models: writing one SavedModel folder, and reading its metadata and weights back.
 
-A version folder is a plain SavedModel and one JSON file:
+A version folder is a plain SavedModel and three more files:
 
     saved_model.pb, variables/     what TensorFlow and TF Serving read (etfzoo.saved_model)
     assets.extra/etfzoo.json       the spec that rebuilds the Keras model, and where it comes from
     assets.extra/tf_serving_warmup_requests
+    assets.extra/files.json        sha256 and size of all other files, see etfzoo.manifest
+    README.md                      the model card
 """
 
 import contextlib
@@ -21,9 +23,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import saved_model
+from etfzoo import card, files, manifest, saved_model
 from etfzoo.classifier import ClassifierSpec, ImageClassifier
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, first_line
 from etfzoo.saved_model import KEY_PREFIX, KEY_SUFFIX
 from etfzoo.version import __version__
 
@@ -114,6 +116,9 @@ def publish(
         temporary.mkdir()
         saved_model.save(model, temporary, storage)
         (temporary / METADATA).write_text(metadata, "utf-8")
+        text = card.text(directory.absolute().name, version, read_metadata(temporary))
+        (temporary / card.NAME).write_text(text, "utf-8")
+        manifest.write(temporary)
         _move_into_place(temporary, target, overwrite)
         done = True
     except EtfzooError:
@@ -152,14 +157,15 @@ def read_metadata(folder) -> dict:
     """
     path = Path(folder) / METADATA
     try:
-        metadata = json.loads(path.read_text("utf-8"))
+        metadata = files.parse_json(path.read_bytes())
     except FileNotFoundError:
         raise EtfzooError(
             f"{path} is missing: not published by etfzoo, or an incomplete copy"
         ) from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise EtfzooError(f"{path} cannot be read: {first_line(e)}") from e
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("format"), int):
+    number = metadata.get("format") if isinstance(metadata, dict) else None
+    if type(number) is not int or number < 1:
         raise EtfzooError(f"{path} is not etfzoo metadata: it has no format number")
     if metadata["format"] > FORMAT:
         raise EtfzooError(
@@ -201,6 +207,7 @@ def read_weights(folder) -> dict[str, np.ndarray]:
 def _metadata_text(model, storage, provenance, metrics, licence):
     metadata = {
         "format": FORMAT,
+        "manifest": manifest.FORMAT,  # says that files.json belongs to the folder
         "etfzoo_version": __version__,
         "keras_version": keras.__version__,
         "spec": dataclasses.asdict(model.spec),
@@ -267,9 +274,3 @@ def _reason(error) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror or first_line(error)}; choose another directory"
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    lines = str(getattr(error, "message", None) or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import uuid
 from pathlib import Path
@@ -49,6 +50,37 @@ def read_json(path):
         raise EtfzooError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise EtfzooError(f"{path} is not valid JSON: {error}") from error
+
+
+def parse_json(content: bytes):
+    """A JSON document that was not written here: strict, so that all readers agree about it.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, a key twice in one object, a number that is not finite, or
+            nested too deeply.
+    """
+
+    def pairs(items):
+        document = dict(items)
+        if len(document) < len(items):
+            raise ValueError("a key occurs twice")
+        return document
+
+    def number(text):
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {text[:40]} is not finite")
+        return value
+
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=pairs,
+            parse_float=number,
+            parse_constant=number,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def make_directory(path) -> Path:

@@ -67,8 +67,8 @@ def leaving_when_a_worker_is_lost(strategy):
         if num_workers(strategy) == 1:
             raise
         log.error(
-            "another worker is gone (%s: %s): see what it said, then start all again to go on from the last "
-            "checkpoint",
+            "another worker is gone (%s: %s): see what it said, then start all again to go on from "
+            "the last checkpoint",
             type(error).__name__,
             _reason(error),
         )

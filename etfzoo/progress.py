@@ -1,9 +1,19 @@
 """Progress of long work, on a terminal and in log files."""
 
+import logging
 import sys
 import time
 
-import keras
+_log = logging.getLogger("etfzoo")
+
+
+def say(message: str, *args) -> None:
+    """Logs one line for a person; without any logging configuration it shows on stderr."""
+    if not _log.hasHandlers():
+        _log.addHandler(logging.StreamHandler(sys.stderr))
+    if _log.level == logging.NOTSET:
+        _log.setLevel(logging.INFO)
+    _log.info(message, *args)
 
 
 class Progress:
@@ -13,9 +23,10 @@ class Progress:
         title: what is going on.
         steps: number of steps.
         quiet: whether nothing is shown (another process shows it).
+        unit: what a step is.
     """
 
-    def __init__(self, title, steps, quiet=False):
+    def __init__(self, title, steps, quiet=False, unit="step"):
         self._title = title
         self._steps = steps
         self._quiet = quiet
@@ -24,7 +35,10 @@ class Progress:
         self._bar = None
         if not quiet and sys.stdout.isatty():
             print(title, flush=True)
-            self._bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "top1", "val_top1"])
+            import keras  # late: a download alone needs no Keras
+
+            metrics = ["loss", "top1", "val_top1"]
+            self._bar = keras.utils.Progbar(steps, stateful_metrics=metrics, unit_name=unit)
 
     def update(self, step, metrics=dict):
         """Shows that `step` steps are done; `metrics()` gives values by name."""

@@ -5,13 +5,14 @@ import io
 import json
 import logging
 import math
+import time
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import evaluation, files, schedules, step_tf
+from etfzoo import evaluation, files, machine, schedules, step_tf
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import ImageClassifier, build_classifier, replace_head
 from etfzoo.config import TrainConfig
@@ -38,7 +39,8 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     """Trains a classifier, or goes on where an earlier call was stopped.
 
     Writes to `workdir`: `config.json` (complete: repeats the run), `checkpoints/`, `metrics.csv`
-    and `metrics.jsonl` (one row an epoch), `tensorboard/`, and `result.json` at the end.
+    and `metrics.jsonl` (one row an epoch), `machine.json` (hardware, seconds so far, command),
+    `tensorboard/`, and `result.json` at the end.
 
     Args:
         config: what to train.
@@ -222,9 +224,11 @@ class _Run:
         self.state = {"epoch": 0, "step": 0, "totals": [0.0, 0.0, 0.0], "history": [], "best": -1.0}
 
     def train(self) -> dict:
+        self.start, self.seconds = time.monotonic(), 0.0
         restored = self.checkpoints.restore(self.model, self.optimizer, tidy=self.chief)
         if restored is not None:
             self.state = {name: restored[name] for name in self.state}
+            self.seconds = machine.read(self.workdir).get("seconds", 0.0)
             log.info(
                 "resuming %s at epoch %d, step %d",
                 self.workdir, self.state["epoch"] + 1, self.state["step"],
@@ -334,6 +338,9 @@ class _Run:
         self.state["totals"] = totals.tolist()
         step = self.state["epoch"] * self.steps + self.state["step"]
         self.checkpoints.save(step, self.model, self.optimizer, self.state, best, write=self.chief)
+        if self.chief:
+            seconds = self.seconds + time.monotonic() - self.start
+            machine.write(self.workdir, seconds, self.strategy)
 
     def _log(self, row):
         if not self.chief:

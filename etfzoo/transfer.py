@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from etfzoo import evaluation, files, neural_collapse, step_tf, training
+from etfzoo import evaluation, files, machine, neural_collapse, step_tf, training
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import replace_head
 from etfzoo.config import TrainConfig
@@ -113,6 +114,7 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
     frozen = replace_head(model, None, None)
     pipeline = training.make_pipeline(config, source, model, workdir)
     workdir = training.claim_workdir(config, workdir)
+    start = time.monotonic()
     extract = step_tf.inference(frozen)
     splits = {
         role: _features(extract, pipeline, role)
@@ -135,6 +137,7 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
         "scatter_ratio_test": neural_collapse.scatter_ratio(*test),
     }
     CheckpointManager(workdir).save(0, model, None, {})
+    machine.write(workdir, time.monotonic() - start)
     files.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 

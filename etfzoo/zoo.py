@@ -1,42 +1,39 @@
-"""Models by name or folder: `load`, `list_models` and `info`.
+"""Models by name, folder or address: `load`, `list_models` and `info`.
 
-A name is `<backbone>_<method>[.<tag>][@<version>]`, e.g. `rn101_etf.in1k@1`: a row of BACKBONES, a
-row of METHODS, the training data, an integer. It is looked up in
+A handle is one of
 
-1. the folder of the environment variable `ETFZOO_HOME`, by default `~/.cache/etfzoo`,
-2. `saved_models/` of a source checkout,
+- a name `<backbone>_<method>[.<tag>][@<version>]`, e.g. `rn101_etf.in1k@1`: a row of BACKBONES, a
+  row of METHODS, the training data, an integer;
+- the path of a version folder, of a model folder (its highest version counts) or of the workdir of
+  a training run;
+- the address of a version folder (`https://`, `http://`, `gs://`, `hf://`), see `etfzoo.hub`.
 
-each laid out as `<name>/<version>/` (see `etfzoo.publish`), and then in `index.json`, which is
-package data:
+A name is looked up in the cache (`ETFZOO_HOME`), then in `saved_models/` of a source checkout,
+each laid out as `<name>/<version>/` (see `etfzoo.publish`), and then in the index (`etfzoo.index`),
+whose models are downloaded into the cache. What is here is taken; `name@2` asks for version 2.
 
-    format      1
-    defaults    tag of a name without one: {"rn101_etf": "in1k"}
-    models      by full name: `dataset`, `num_classes`, `input_shape`, the `command` that trains
-                it, and `versions`, which is empty while no weights are published
+Version folders are compared with their list of files before anything is read from them (those of
+the index with the hashes in there); only folders that are older than that list are taken as they
+are.
 """
 
 import dataclasses
 import fnmatch
-import json
-import logging
 import os
 import re
-import sys
 from pathlib import Path
 
 import keras
 
-from etfzoo import checkpoint, classifier, export, weights
+from etfzoo import card, checkpoint, classifier, export, hub, index, manifest, weights
 from etfzoo.classifier import ClassifierSpec, ImageClassifier
-from etfzoo.errors import EtfzooError, unknown
-
-# method: (head, norm); in the words of the paper Trainable, SW and Fixed
-METHODS = {"linear": ("linear", "bn"), "sw": ("linear", "sw"), "etf": ("etf", "bn")}
+from etfzoo.errors import EtfzooError, first_line, unknown
+from etfzoo.index import METHODS
+from etfzoo.progress import say
 
 AUTO = "auto"
 
 _PACKAGE = Path(__file__).absolute().parent
-_log = logging.getLogger("etfzoo")
 
 
 def load(
@@ -47,15 +44,16 @@ def load(
     input_shape=None,
     dtype: str | None = None,
 ) -> ImageClassifier:
-    """The published model of that name or folder, as a trainable Keras model.
+    """The published model of that name, folder or address, as a trainable Keras model.
 
     Called plainly, the result is bit-equal to the model that was published. Only arrays and JSON
-    are read from the folder; nothing in it is executed.
+    are read from the folder, after all its hashes were checked; nothing in it is executed.
 
     Args:
-        name_or_path: a zoo name (see `etfzoo.list_models`), or a path: a version folder, a
-            model folder (its highest version is taken) or the workdir of a training run. What
-            holds a path separator or is an existing folder is a path.
+        name_or_path: a zoo name (see `etfzoo.list_models`), downloaded if it is not here; a path:
+            a version folder, a model folder (its highest version is taken) or the workdir of a
+            training run; or the `https://`, `gs://` or `hf://` address of a version folder. What
+            holds `://` is an address, what holds a path separator or is an existing folder a path.
         num_classes: given, the head is a fresh one of that many classes.
         head: `"auto"` is the published head, or a fresh linear one with `num_classes`. `"etf"`
             and `"linear"` keep the published head where it is of that kind and `num_classes` is
@@ -68,10 +66,10 @@ def load(
         An ImageClassifier.
 
     Raises:
-        EtfzooError: unknown name (with close matches), no published weights, a folder that holds
-            no model or a damaged one.
+        EtfzooError: unknown name (with close matches), no published weights, a download that
+            fails, a folder that holds no model or a damaged one.
     """
-    source = _find(name_or_path)
+    source = _fetched(_find(name_or_path))
     model = None
     if source.workdir is not None:
         model = checkpoint.load_model(source.workdir)
@@ -88,6 +86,7 @@ def load(
     if model is None:
         # Read before the network is built, so that a damaged file fails at once.
         arrays = export.read_weights(source.folder)
+        _check_classes(spec, arrays, source)
     elif target == spec and not fresh:
         return model
     else:
@@ -104,19 +103,22 @@ def list_models(filter: str = "*") -> list[str]:
     Args:
         filter: shell pattern, e.g. `"rn50_*"`.
     """
-    return sorted(fnmatch.filter({*_local_names(), *_read_index()["models"]}, filter))
+    return sorted(fnmatch.filter({*_local_names(), *index.read().models}, filter))
 
 
 def info(name_or_path) -> dict:
     """What is known about a model, without building it.
 
     Args:
-        name_or_path: as for `load`, but no workdir.
+        name_or_path: as for `load`, but no workdir. A model of the index is not downloaded for it,
+            an address is.
 
     Returns:
-        A dict with `name`, `version`, `path` and `size_bytes` (None where it is not here),
-        `published`, `spec` (the arguments of `etfzoo.build_classifier`), `num_classes`,
-        `class_names`, `input_shape`, `command`, `provenance`, `metrics`, `licence`, `created`.
+        A dict with `name`, `version`, `path` (None where it is not here), `size_bytes` (None where
+        no weights are published), `published`, `spec` (the arguments of
+        `etfzoo.build_classifier`; what the index knows of them where the model is not here),
+        `num_classes`, `class_names`, `input_shape`, `dataset`, `command`, `provenance`, `metrics`,
+        `licence`, `created` and `card` (the model card, Markdown; None where it is not here).
 
     Raises:
         EtfzooError: as `load`.
@@ -124,31 +126,42 @@ def info(name_or_path) -> dict:
     source = _find(name_or_path)
     if source.workdir is not None:
         raise EtfzooError(f"{source} is a training run; info describes published models")
-    if source.folder is None:
-        row = source.row
-        spec = dataclasses.asdict(source.spec())
-        metadata = {"provenance": {"dataset": row["dataset"], "command": row["command"]}}
-        summary = row
-    else:
+    spec = source.spec()
+    found = {"name": source.name, "version": source.version}
+    if source.folder is not None:
         metadata = export.read_metadata(source.folder)
-        spec = summary = dataclasses.asdict(metadata["spec"])
-    files = [p for p in Path(source.folder).rglob("*") if p.is_file()] if source.folder else []
-    provenance = metadata.get("provenance") or {}
-    return {
-        "name": source.name,
-        "version": source.version,
-        "path": source.folder and str(source.folder),
-        "size_bytes": sum(p.stat().st_size for p in files) if source.folder else None,
-        "published": source.folder is not None or bool(source.row["versions"]),
-        "spec": spec,
-        "num_classes": summary["num_classes"],
-        "class_names": summary.get("class_names"),
-        "input_shape": tuple(summary["input_shape"]),
-        "command": provenance.get("command"),
-        "provenance": provenance,
-        "metrics": metadata.get("metrics") or {},
-        "licence": metadata.get("licence"),
-        "created": metadata.get("created"),
+        provenance = metadata.get("provenance") or {}
+        found |= {
+            "path": str(source.folder),
+            "size_bytes": sum(p.stat().st_size for p in source.folder.rglob("*") if p.is_file()),
+            "published": True,
+            "dataset": provenance.get("dataset"),
+            "command": provenance.get("command"),
+            "provenance": provenance,
+            "metrics": metadata.get("metrics") or {},
+            "licence": metadata.get("licence"),
+            "created": metadata.get("created"),
+            "card": card.read(source.folder),
+        }
+    else:
+        row, version = source.row, source.row.versions.get(source.version)
+        found |= {
+            "path": None,
+            "size_bytes": version and version.size,
+            "published": version is not None,
+            "dataset": row.dataset,
+            "command": row.command,
+            "provenance": {"dataset": row.dataset, "command": row.command},
+            "metrics": (version or row).metrics,
+            "licence": row.licence,
+            "created": version and version.created,
+            "card": None,
+        }
+    return found | {
+        "spec": dataclasses.asdict(spec),
+        "num_classes": spec.num_classes,
+        "class_names": spec.class_names,
+        "input_shape": spec.input_shape,
     }
 
 
@@ -160,7 +173,7 @@ class _Source:
     version: int | None = None
     folder: Path | None = None
     workdir: Path | None = None
-    row: dict | None = None
+    row: index.Row | None = None
     bare: str | None = None
 
     def __str__(self):
@@ -173,17 +186,17 @@ class _Source:
         head, norm = METHODS[method]
         return ClassifierSpec(
             backbone,
-            self.row["num_classes"],
-            head=head,
+            self.row.num_classes,
+            head=self.row.head or head,
             norm=norm,
-            input_shape=self.row["input_shape"],
+            input_shape=self.row.input_shape,
         )
 
 
 def _find(handle) -> _Source:
     text = os.fspath(handle)
     if "://" in text:
-        raise EtfzooError(f"{text}: only zoo names and local paths can be loaded")
+        return _find_address(text)
     path = Path(text).expanduser()
     separators = [s for s in (os.sep, os.altsep) if s]
     if isinstance(handle, Path) or any(s in text for s in separators) or path.is_dir():
@@ -191,16 +204,23 @@ def _find(handle) -> _Source:
     return _find_name(text)
 
 
+def _find_address(handle) -> _Source:
+    folder = hub.fetch_url(handle, try_out=load)
+    *parents, last = hub.parse_handle(handle)[0].partition("@")[0].split("/")
+    version = int(last) if last.isdecimal() else None
+    return _Source(last if version is None else parents[-1], version, folder=folder)
+
+
 def _find_path(path) -> _Source:
     if not path.exists():
         raise EtfzooError(f"no such folder: {path}")
     if (path / "saved_model.pb").exists():
         version = int(path.name) if path.name.isdecimal() else None
-        return _Source(path.absolute().parent.name, version, folder=path)
+        return _Source(path.absolute().parent.name, version, folder=_verified(path))
     versions = _complete_versions(path)
     if versions:
         version = max(versions)
-        return _Source(path.absolute().name, version, folder=versions[version])
+        return _Source(path.absolute().name, version, folder=_verified(versions[version]))
     if checkpoint.is_workdir(path):
         return _Source(path.absolute().name, workdir=path)
     raise EtfzooError(
@@ -214,28 +234,53 @@ def _find_name(text) -> _Source:
     if "@" in text and not re.fullmatch(r"[1-9][0-9]*", suffix):
         raise EtfzooError(f"{text}: what follows @ must be a version number")
     version = int(suffix) if suffix else None
-    index = _read_index()
+    known = index.read()
     bare = name if "." not in name else None
     names = [name]
-    if name in index["defaults"]:
-        names.append(f"{name}.{index['defaults'][name]}")
+    if name in known.defaults:
+        names.append(f"{name}.{known.defaults[name]}")
     for full in names:
+        row = known.models.get(full)
+        published = row.versions if row else {}
         here = set()
         for root in _roots():
             versions = _complete_versions(root / full)
             here |= versions.keys()
             chosen = max(versions, default=None) if version is None else version
-            if chosen in versions:
-                return _Source(full, chosen, folder=versions[chosen], bare=bare)
-        if here:
-            have = ", ".join(map(str, sorted(here)))
-            raise EtfzooError(f"{full} has no version {version} here; it has: {have}")
-        if full in index["models"]:
-            row = index["models"][full]
-            if version is not None and version not in row["versions"]:
+            if chosen not in versions:
+                continue
+            if version is None and chosen < max(published, default=0):
+                newest = f"{full}@{max(published)}"
+                say("%s is newer than version %d here and published", newest, chosen)
+            if root == hub.home() and chosen in published:
+                return _fetched(_Source(full, chosen, row=row, bare=bare))
+            return _Source(full, chosen, folder=_verified(versions[chosen]), bare=bare)
+        if version is not None and version not in published and (here or row):
+            if not here:
                 raise EtfzooError(f"{full} has no published version {version}")
-            return _Source(full, version, row=row, bare=bare)
-    raise unknown("model", name, {*list_models(), *index["defaults"]})
+            have = ", ".join(map(str, sorted(here | published.keys())))
+            raise EtfzooError(f"{full} has no version {version} here; it has: {have}")
+        if row:
+            chosen = version or max(published, default=None)
+            return _Source(full, chosen, row=row, bare=bare)
+    raise unknown("model", name, {*list_models(), *known.defaults})
+
+
+def _fetched(source) -> _Source:
+    """The source with its folder here, if its weights are published."""
+    if source.row is None or source.version is None:
+        return source
+    published = source.row.versions[source.version]
+    folder = hub.fetch_version(source.name, source.version, published.urls, published.files)
+    return dataclasses.replace(source, row=None, folder=folder)
+
+
+def _verified(folder) -> Path:
+    if not manifest.verify(folder) and export.read_metadata(folder).get("manifest"):
+        raise EtfzooError(
+            f"{folder / manifest.NAME} is missing: an incomplete copy; copy or publish it again"
+        )
+    return folder
 
 
 def _changed(spec, source, num_classes, head, input_shape, dtype):
@@ -266,20 +311,29 @@ def _build(spec, source):
     try:
         return ImageClassifier(spec)
     except (TypeError, ValueError) as e:  # values of the spec that Keras or a layer refuses
-        raise EtfzooError(f"{source} cannot be built: {export.first_line(e)}") from e
+        raise EtfzooError(f"{source} cannot be built: {first_line(e)}") from e
+
+
+def _check_classes(spec, arrays, source):
+    """Before a network is built that a wrong number makes too large for any memory."""
+    kernel = arrays.get("logits/kernel")
+    if spec.head is not None and kernel is not None and kernel.shape[-1:] != (spec.num_classes,):
+        raise EtfzooError(
+            f"the weights of {source} do not fit the model: {kernel.shape[-1:]} classes instead of "
+            f"{spec.num_classes}"
+        )
 
 
 def _not_published(source):
     return EtfzooError(
-        f"{source.row['dataset']} weights of {source.name} are not published; train them with "
-        f"`{source.row['command']}`, or pass load_weights=False for the untrained network"
+        f"{source.row.dataset} weights of {source.name} are not published; train them with "
+        f"`{source.row.command}`, or pass load_weights=False for the untrained network"
     )
 
 
 def _roots() -> list[Path]:
-    home = os.environ.get("ETFZOO_HOME") or "~/.cache/etfzoo"
     checkout = _PACKAGE.parent
-    roots = [Path(home).expanduser()]
+    roots = [hub.home()]
     if (checkout / "setup.py").exists():
         roots.append(checkout / "saved_models")
     return roots
@@ -300,26 +354,17 @@ def _local_names() -> set[str]:
     }
 
 
-def _read_index() -> dict:
-    return json.loads((_PACKAGE / "index.json").read_text("utf-8"))
-
-
 def _say(source, spec):
     """One line about what a name without a tag stands for."""
     height, width, _ = spec.input_shape
     parts = [f"{height or 'any'}x{width or 'any'} pixels"]
     parts.append("features" if spec.head is None else f"{spec.num_classes} classes")
     if source.folder is None:
-        parts.append(f"untrained: {source.row['dataset']} weights are not published")
+        parts.append(f"untrained: {source.row.dataset} weights are not published")
     else:
         top1 = (export.read_metadata(source.folder).get("metrics") or {}).get("top1")
         if isinstance(top1, int | float):
             parts.append(f"top-1 {100 * top1:.1f} %")
     version = f" version {source.version}" if source.version else ""
     where = f" ({source.folder})" if source.folder else ""
-    # The application's logging configuration counts; without one the line still shows.
-    if not _log.hasHandlers():
-        _log.addHandler(logging.StreamHandler(sys.stderr))
-    if _log.level == logging.NOTSET:
-        _log.setLevel(logging.INFO)
-    _log.info("%s is %s%s%s: %s", source.bare, source.name, version, where, ", ".join(parts))
+    say("%s is %s%s%s: %s", source.bare, source.name, version, where, ", ".join(parts))

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import etfzoo
-from etfzoo import export, saved_model
+from etfzoo import export, manifest, saved_model
 from testing import leftovers, small_disk
 from testing import make_classifier as make
 
@@ -44,7 +44,10 @@ def test_first_version_and_its_files(version):
         "variables/variables.data-00000-of-00001",
         "assets.extra/etfzoo.json",
         "assets.extra/tf_serving_warmup_requests",
+        "assets.extra/files.json",
+        "README.md",
     }
+    assert manifest.verify(version)
 
 
 def test_metadata(model, version):

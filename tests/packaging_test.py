@@ -88,17 +88,62 @@ def test_files_in_build_exist():
                 assert (ROOT / label).is_file(), f"{target['name']}: {label}"
 
 
-def test_wheel_has_all_modules_and_the_index(tmp_path):
-    source = _copy_of_the_package(tmp_path / "source")
+@pytest.fixture(scope="module")
+def source_and_wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = _copy_of_the_package(folder / "source")
     build = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-        + ["--disable-pip-version-check", "--wheel-dir", str(tmp_path), str(source)],
+        + ["--disable-pip-version-check", "--wheel-dir", str(folder), str(source)],
         env=os.environ | {"PIP_NO_INDEX": "1"},
         capture_output=True,
         text=True,
     )
     assert build.returncode == 0, build.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
+    return source, wheel
+
+
+@pytest.mark.slow
+def test_a_wheel_loads_published_models_offline_in_another_folder(source_and_wheel, tmp_path):
+    """No checkout is near: the names are those of the wheel's own index and of the cache."""
+    import etfzoo
+    from testing import randomize
+
+    model = randomize(etfzoo.build_classifier("rn18", 5, input_shape=(32, 32, 3)), fixed=True)
+    etfzoo.publish(model, tmp_path / "cache/rn18_etf.x")
+    with zipfile.ZipFile(source_and_wheel[1]) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import etfzoo, numpy\n"
+        "print(etfzoo.__file__)\n"
+        "print(etfzoo.list_models())\n"
+        "x = numpy.full((1, 40, 50, 3), 100, numpy.uint8)\n"
+        "model = etfzoo.load('rn18_etf.x')\n"
+        "print(model(etfzoo.preprocess(model, x)).shape)\n"
+        "print(etfzoo.load('rn18_etf.x', num_classes=37).output_shape)\n"
+        "print(etfzoo.load('rn18_etf.x', head=None).output_shape)\n"
+        "try: etfzoo.load('rn101_etf')\n"
+        "except etfzoo.EtfzooError as e: print(e)\n"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "ETFZOO_HOME": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | environment | {"ETFZOO_OFFLINE": "1", "ETFZOO_INDEX": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith(str(tmp_path / "site"))
+    assert "'rn18_etf.x'" in lines[1] and "'rn50_sw.in1k'" in lines[1]
+    assert lines[2:5] == ["(1, 5)", "(None, 37)", "(None, 512)"]
+    assert "train them with `python recipes/pretrain.py --backbone=rn101 --head=etf`" in lines[5]
+
+
+def test_wheel_has_all_modules_and_the_index(source_and_wheel):
+    source, wheel = source_and_wheel
     assert wheel.name == f"etfzoo-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}

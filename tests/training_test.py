@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from etfzoo import checkpoint, training
+from etfzoo import checkpoint, machine, training
 from etfzoo.config import TrainConfig
 from etfzoo.errors import EtfzooError, TrainingDiverged
 
@@ -65,6 +65,9 @@ def test_a_run_leaves_complete_files(finished, config):
     assert list((workdir / "tensorboard").glob("events*"))
     assert len(checkpoint.CheckpointManager(workdir).paths()) == 8
     assert result["examples"] == 300 and result["step"] == 8
+    recorded = machine.read(workdir)
+    assert recorded["hardware"] and recorded["command"].startswith("python ")
+    assert 0 < recorded["seconds"] < 600
 
 
 # 8 is a run that died between its last checkpoint and its log files.
@@ -73,11 +76,13 @@ def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
     workdir, _ = finished
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(workdir / "config.json", tmp_path)
+    machine.write(tmp_path, 1000)
     name = f"step-{step:010d}.npz"
     shutil.copy(workdir / "checkpoints" / name, tmp_path / "checkpoints" / name)
     training.train_and_evaluate(config, tmp_path)
     _assert_same_end(workdir, tmp_path)
     assert (tmp_path / "metrics.csv").read_text() == (workdir / "metrics.csv").read_text()
+    assert machine.read(tmp_path)["seconds"] > 1000 or step == 8  # with those before the stop
 
 
 def test_several_steps_an_execution_change_nothing(finished, config, tmp_path):

@@ -1,6 +1,5 @@
 """Tests of names, folders and loading."""
 
-import json
 import logging
 import os
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 import etfzoo
-from etfzoo import backbones, classifier, export, weights, zoo
+from etfzoo import backbones, classifier, index, weights, zoo
 from testing import randomize
 
 SIDE = 32
@@ -238,14 +237,14 @@ def test_loaded_model_trains_and_publishes_again(tmp_path):
 @pytest.mark.parametrize("row", ["rn50", "rn101"])
 @pytest.mark.parametrize("method", ["linear", "sw", "etf"])
 def test_index_has_the_models_of_the_paper(row, method):
-    index = json.loads((CHECKOUT / "etfzoo/index.json").read_text("utf-8"))
+    known = index.read()
     name = f"{row}_{method}"
-    entry = index["models"][f"{name}.{index['defaults'][name]}"]
+    entry = known.models[f"{name}.{known.defaults[name]}"]
     assert row in backbones.BACKBONES and method in zoo.METHODS
     head, norm = zoo.METHODS[method]
-    assert f"--backbone={row} --head={head}" in entry["command"]
-    assert ("--norm=sw" in entry["command"]) == (norm == "sw")
-    assert len(index["models"]) == len(index["defaults"]) == 6
+    assert f"--backbone={row} --head={head}" in entry.command
+    assert ("--norm=sw" in entry.command) == (norm == "sw")
+    assert len(known.models) == len(known.defaults) == 6
 
 
 def test_index_without_weights():
@@ -279,7 +278,6 @@ def test_search_order(zoo_folder, tmp_path, monkeypatch):
     """ETFZOO_HOME, then saved_models/ of a checkout, then the index."""
     checkout = tmp_path / "checkout"
     (checkout / "etfzoo").mkdir(parents=True)
-    shutil.copy(CHECKOUT / "etfzoo/index.json", checkout / "etfzoo")
     monkeypatch.setattr(zoo, "_PACKAGE", checkout / "etfzoo")
     both, home = checkout / "saved_models", tmp_path / "home"
     link(zoo_folder / "rn18_linear/3", both / "rn50_linear.in1k" / "1")
@@ -347,7 +345,7 @@ def test_unknown_names_and_folders(tmp_path, zoo_folder):
         ("./none", "no such folder: none"),
         (tmp_path, "is no model: it holds neither"),
         (__file__, "is no model: it holds neither"),
-        ("https://example.org/rn18_etf", "only zoo names and local paths"),
+        ("ftp://example.org/rn18_etf", "addresses that can be loaded begin with https://"),
     ]:
         with pytest.raises(etfzoo.EtfzooError, match=match) as error:
             etfzoo.load(name)
@@ -379,8 +377,9 @@ def test_info_of_a_published_model(etf, zoo_folder):
     folder = zoo_folder / "rn18_etf.shapes/1"
     assert found.pop("created").startswith("20")
     files = [p for p in folder.rglob("*") if p.is_file()]
-    assert len(files) == 5
+    assert len(files) == 7
     assert found.pop("size_bytes") == sum(p.stat().st_size for p in files)
+    assert found.pop("card") == (folder / "README.md").read_text()
     spec = found.pop("spec")
     assert classifier.ClassifierSpec.from_dict(spec) == etf.spec
     assert found == {
@@ -391,6 +390,7 @@ def test_info_of_a_published_model(etf, zoo_folder):
         "num_classes": 5,
         "class_names": tuple("abcde"),
         "input_shape": (32, 32, 3),
+        "dataset": None,
         "command": "python train.py",
         "provenance": {"command": "python train.py"},
         "metrics": {"top1": 0.625},
@@ -406,76 +406,6 @@ def test_info_of_the_index():
     assert (found["num_classes"], found["input_shape"]) == (1000, (224, 224, 3))
     assert found["command"] == "python recipes/pretrain.py --backbone=rn101 --head=etf"
     assert found["spec"]["backbone"] == "rn101"
-
-
-METADATA = export.METADATA
-DATA = "variables/variables.data-00000-of-00001"
-INDEX = "variables/variables.index"
-
-
-def edit(change):
-    """A damage that changes the JSON file's document."""
-
-    def damage(path):
-        document = json.loads(path.read_text("utf-8"))
-        change(document)
-        rewrite(path, json.dumps(document).encode())
-
-    return damage
-
-
-def rewrite(path, content):
-    path.unlink()  # a hard link: its other name keeps the file
-    path.write_bytes(content)
-
-
-def halve(path):
-    rewrite(path, path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    rewrite(path, content)
-
-
-@pytest.mark.parametrize(
-    "file, damage, message",
-    [
-        (METADATA, Path.unlink, "is missing: not published by etfzoo"),
-        (METADATA, halve, "cannot be read"),
-        (METADATA, lambda p: rewrite(p, b"\xff\xfe\x00"), "cannot be read"),
-        (METADATA, lambda p: rewrite(p, b"[" * 10**6), "cannot be read"),
-        (METADATA, lambda p: rewrite(p, b"[1]"), "has no format number"),
-        (METADATA, edit(lambda d: d.pop("format")), "has no format number"),
-        (METADATA, edit(lambda d: d.update(format=2)), "reads up to 1: upgrade etfzoo"),
-        (METADATA, edit(lambda d: d.pop("spec")), "has no usable spec"),
-        (METADATA, edit(lambda d: d.update(spec=[])), "has no usable spec"),
-        (METADATA, edit(lambda d: d.update(metrics=[1])), "metrics is no JSON object"),
-        (METADATA, edit(lambda d: d["spec"].update(new=1)), "unknown fields: .'new'"),
-        (METADATA, edit(lambda d: d["spec"].update(backbone="rn19")), "unknown backbone 'rn19'"),
-        (METADATA, edit(lambda d: d["spec"].update(num_classes="5")), "has no usable spec"),
-        (METADATA, edit(lambda d: d["spec"].update(mean=[1.0])), "cannot be built"),
-        (METADATA, edit(lambda d: d["spec"].update(dtype="float33")), "cannot be built"),
-        (METADATA, edit(lambda d: d["spec"].update(num_classes=6, class_names=None)), "do not fit"),
-        (METADATA, edit(lambda d: d["spec"].update(backbone="rn34")), "do not fit the model: miss"),
-        (DATA, Path.unlink, "damaged or incomplete"),
-        (DATA, halve, "damaged or incomplete"),
-        (DATA, flip_a_bit, "damaged or incomplete"),
-        (DATA, lambda p: rewrite(p, b""), "damaged or incomplete"),
-        (INDEX, Path.unlink, "damaged or incomplete"),
-        (INDEX, halve, "damaged or incomplete"),
-        (INDEX, flip_a_bit, "damaged or incomplete"),
-        (INDEX, lambda p: rewrite(p, b""), "damaged or incomplete"),
-    ],
-)
-def test_damaged_folders(zoo_folder, tmp_path, file, damage, message):
-    folder = link(zoo_folder / "rn18_etf.shapes/1", tmp_path / "rn18_etf.bad/1")
-    damage(folder / file)
-    with pytest.raises(etfzoo.EtfzooError, match=message) as error:
-        etfzoo.load(folder)
-    assert "\n" not in str(error.value)
-    assert str(folder) in str(error.value)
 
 
 def test_a_savedmodel_of_others(tmp_path):

@@ -119,13 +119,24 @@ def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
     is_jpeg = tf.io.is_jpeg(encoded)
-    shape = tf.cast(_shape(encoded, is_jpeg)[:2], tf.float32)
+    window = _evaluation_window(_shape(encoded, is_jpeg), height, width, crop)
+    return _resize(_decode_window(encoded, is_jpeg, *window), height, width)
+
+
+def evaluation_pixels(image: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
+    """As `evaluation_image`, of a decoded image `[H, W, 3]` in 0..255."""
+    top, left, rows, columns = _evaluation_window(tf.shape(image), height, width, crop)
+    return _resize(tf.slice(image, [top, left, 0], [rows, columns, 3]), height, width)
+
+
+def _evaluation_window(shape, height, width, crop):
+    """Top, left, height and width of what evaluation keeps of an image."""
+    shape = tf.cast(shape[:2], tf.float32)
     scale = crop * tf.minimum(shape[0] / height, shape[1] / width)
     size = tf.clip_by_value(tf.round(scale * [float(height), float(width)]), 1.0, shape)
     offset = tf.cast((shape - size) / 2, tf.int32)
     size = tf.cast(size, tf.int32)
-    image = _decode_window(encoded, is_jpeg, offset[0], offset[1], size[0], size[1])
-    return _resize(image, height, width)
+    return offset[0], offset[1], size[0], size[1]
 
 
 def training_image(

@@ -16,8 +16,8 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     """keras.layers.BatchNormalization through one op of TensorFlow, where there is one.
 
     Same arguments, weights, output, gradients and moving statistics as the layer of Keras, which
-    on TensorFlow computes the moments and the affine map as many ops: a training step of ResNet50
-    spends a quarter of its time on these (see benchmarks/RESULTS.md).
+    on TensorFlow computes the moments and the affine map as many ops with as many passes over
+    memory. What it saves: `benchmarks/batch_norm.py`.
 
     The op takes maps `[batch, height, width, channels]` in float32, float16 or bfloat16, with
     statistics in float32. All else is computed by the formula of Keras: other backends, ranks,

@@ -54,36 +54,21 @@ def example(shape):
 
 
 def load_tensorflow():
-    """TensorFlow on one thread, with Keras's batch norm on the fused op."""
-    import keras
+    """TensorFlow on one thread."""
     import tensorflow as tf
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.threading.set_intra_op_parallelism_threads(1)
-    plain = keras.layers.BatchNormalization.call
-
-    def call(self, inputs, training=None, mask=None):
-        if not training or len(inputs.shape) != 4:
-            return plain(self, inputs, training=training, mask=mask)
-        y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-            inputs, self.gamma, self.beta, epsilon=self.epsilon
-        )
-        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(self.momentum * moving + (1 - self.momentum) * batch)
-        return y
-
-    keras.layers.BatchNormalization.call = call
     return tf
 
 
 def tensorflow_layer(name, channels):
     """A compiled `(x, dy) -> (y, dx, gradients of the weights)`."""
-    import keras
     import tensorflow as tf
 
-    from etfzoo.layers import SwitchableWhitening
+    from etfzoo.layers import FusedBatchNormalization, SwitchableWhitening
 
-    layer = SwitchableWhitening() if name == "sw" else keras.layers.BatchNormalization()
+    layer = SwitchableWhitening() if name == "sw" else FusedBatchNormalization()
     layer.build((None, None, None, channels))
 
     @tf.function

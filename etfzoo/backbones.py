@@ -11,7 +11,7 @@ import keras
 import keras_cv
 
 from etfzoo.errors import EtfzooError, unknown
-from etfzoo.layers import SwitchableWhitening
+from etfzoo.layers import ETFClassifier, FusedBatchNormalization, SwitchableWhitening
 
 NORMS = ("bn", "sw")
 
@@ -58,7 +58,8 @@ def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
 
     Returns:
         The last feature map, `[N, H/32, W/32, feature_dim]` (rounded up), in the graph of
-        `images`, so that every KerasCV layer is a direct layer of the model around it.
+        `images`, so that every KerasCV layer is a direct layer of the model around it. On
+        TensorFlow its batch norms are `etfzoo.layers.FusedBatchNormalization`.
     """
     row = get_backbone(name)
     network = keras_cv.models.ResNetBackbone(
@@ -72,6 +73,9 @@ def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = BATCH_NORM_MOMENTUM
+            if keras.backend.backend() == "tensorflow":
+                # The subclass has the same state, and a clone would make every weight anew.
+                layer.__class__ = FusedBatchNormalization
     if norm == "sw":
         network = whiten(network, images)
     # ResNetBackbone clones its graph when its input is not an Input; the layer's first node is
@@ -106,15 +110,79 @@ def whiten(network: keras.Model, inputs=None, **options) -> keras.Model:
     if len(swapped) < 2:
         raise EtfzooError(f"{network.name} is not a KerasCV ResNet: it has none of its norms")
 
+    def whitening(layer):
+        defaults = {"momentum": layer.momentum, "dtype": layer.dtype_policy}
+        return SwitchableWhitening(name=layer.name, **(defaults | options))
+
+    replacements = {name: whitening(network.get_layer(name)) for name in swapped}
+    return _copy(network, replacements, inputs)
+
+
+def stock(network: keras.Model) -> keras.Model:
+    """A copy of a functional model that Keras alone can save and load: it takes no etfzoo.
+
+    FusedBatchNormalization becomes keras.layers.BatchNormalization; ETFClassifier a frozen
+    keras.layers.Dense whose kernel holds the scale, in a keras.Sequential with the layers that
+    norm the features, where there are any. The outputs stay the same but for rounding, and so do
+    the names of the layers and the weights of the rest.
+
+    Args:
+        network: a functional model, for instance an etfzoo.ImageClassifier.
+
+    Returns:
+        A plain functional Keras model.
+
+    Raises:
+        EtfzooError: not a functional model of one input, layers that Keras does not have
+            (SwitchableWhitening), or a model inside.
+    """
+    inputs = getattr(network, "inputs", None) or ()
+    if isinstance(network, keras.Sequential) or len(inputs) != 1:
+        raise EtfzooError(f"{network.name} is not a functional model of one input")
+    replacements, weights, foreign = {}, {}, []
+    for layer in network.layers:
+        kind = type(layer)
+        if kind is FusedBatchNormalization:
+            config = layer.get_config()
+            replacements[layer.name] = keras.layers.BatchNormalization.from_config(config)
+            weights[layer.name] = layer.get_weights()
+        elif kind is ETFClassifier:
+            replacements[layer.name], weights[layer.name] = _stock_head(layer)
+        elif isinstance(layer, keras.Model) or not kind.__module__.startswith("keras."):
+            foreign.append(f"{layer.name} ({kind.__name__})")
+    if foreign:
+        raise EtfzooError(f"{network.name} needs more than Keras: {', '.join(foreign)}")
+    copy = _copy(network, replacements)
+    for name, values in weights.items():
+        copy.get_layer(name).set_weights(values)
+    return copy
+
+
+def _stock_head(layer: ETFClassifier):
+    """What computes an ETFClassifier in Keras alone, and its weights."""
+    parts, norm, dtype = [], layer.batch_norm, layer.logits_dtype
+    if norm is not None:
+        config = norm.get_config() | {"synchronized": False}
+        parts.append(keras.layers.BatchNormalization.from_config(config))
+    if layer.feature_norm.endswith("l2"):
+        parts.append(keras.layers.UnitNormalization(name="unit_length", dtype=dtype))
+    options = {"use_bias": False, "trainable": False, "dtype": dtype}
+    parts.append(keras.layers.Dense(layer.num_classes, name=layer.name, **options))
+    head = parts[0] if len(parts) == 1 else keras.Sequential(parts, name=layer.name)
+    weights = norm.get_weights() if norm is not None else []
+    return head, [*weights, layer.scale * keras.ops.convert_to_numpy(layer.kernel)]
+
+
+def _copy(network, replacements, inputs=None) -> keras.Model:
+    """A copy of a functional model with fresh layers by name; the others keep their weights."""
     if inputs is None:
         old = network.input
         inputs = keras.Input(batch_shape=old.shape, dtype=old.dtype, name=network.layers[0].name)
 
     def clone(layer):
-        if layer.name not in swapped:
-            return layer.__class__.from_config(layer.get_config())
-        defaults = {"momentum": layer.momentum, "dtype": layer.dtype_policy}
-        return SwitchableWhitening(name=layer.name, **(defaults | options))
+        if layer.name in replacements:
+            return replacements[layer.name]
+        return layer.__class__.from_config(layer.get_config())
 
     copy = keras.models.clone_model(
         network,
@@ -124,7 +192,7 @@ def whiten(network: keras.Model, inputs=None, **options) -> keras.Model:
         call_function=lambda layer, *args, **kwargs: layer(*args, **kwargs),
     )
     for layer in network.layers:
-        if layer.weights and layer.name not in swapped:
+        if layer.weights and layer.name not in replacements:
             copy.get_layer(layer.name).set_weights(layer.get_weights())
     return copy
 

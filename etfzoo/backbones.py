@@ -119,12 +119,13 @@ def whiten(network: keras.Model, inputs=None, **options) -> keras.Model:
 
 
 def stock(network: keras.Model) -> keras.Model:
-    """A copy of a functional model that Keras alone can save and load: it takes no etfzoo.
+    """A copy of a functional model of Keras's own layers, so that loading it takes no etfzoo.
 
     FusedBatchNormalization becomes keras.layers.BatchNormalization; ETFClassifier a frozen
     keras.layers.Dense whose kernel holds the scale, in a keras.Sequential with the layers that
-    norm the features, where there are any. The outputs stay the same but for rounding, and so do
-    the names of the layers and the weights of the rest.
+    norm the features, where there are any. SwitchableWhitening, which Keras does not have, stays,
+    and loading then does take etfzoo. The outputs stay the same but for rounding, and so do the
+    names of the layers and the weights of the rest.
 
     Args:
         network: a functional model, for instance an etfzoo.ImageClassifier.
@@ -133,13 +134,12 @@ def stock(network: keras.Model) -> keras.Model:
         A plain functional Keras model.
 
     Raises:
-        EtfzooError: not a functional model of one input, layers that Keras does not have
-            (SwitchableWhitening), or a model inside.
+        EtfzooError: not a functional model of one input, or one with a model inside.
     """
     inputs = getattr(network, "inputs", None) or ()
     if isinstance(network, keras.Sequential) or len(inputs) != 1:
         raise EtfzooError(f"{network.name} is not a functional model of one input")
-    replacements, weights, foreign = {}, {}, []
+    replacements, weights = {}, {}
     for layer in network.layers:
         kind = type(layer)
         if kind is FusedBatchNormalization:
@@ -148,10 +148,8 @@ def stock(network: keras.Model) -> keras.Model:
             weights[layer.name] = layer.get_weights()
         elif kind is ETFClassifier:
             replacements[layer.name], weights[layer.name] = _stock_head(layer)
-        elif isinstance(layer, keras.Model) or not kind.__module__.startswith("keras."):
-            foreign.append(f"{layer.name} ({kind.__name__})")
-    if foreign:
-        raise EtfzooError(f"{network.name} needs more than Keras: {', '.join(foreign)}")
+        elif isinstance(layer, keras.Model):
+            raise EtfzooError(f"{network.name} has the model {layer.name} among its layers")
     copy = _copy(network, replacements)
     for name, values in weights.items():
         copy.get_layer(name).set_weights(values)

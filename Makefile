@@ -2,9 +2,11 @@
 #
 #   PYTHON     interpreter for a new .venv     make test PYTHON=python3.12
 #   TESTFLAGS  more arguments for pytest       make test TESTFLAGS="-x tests/frames_test.py"
+#   WORKERS    test files at the same time     make test WORKERS=8
 
 PYTHON ?= python3
 TESTFLAGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -17,7 +19,7 @@ demo: $(READY)
 	$(RUN) recipes/demo.py --workdir=demo_output
 
 test: lint
-	$(RUN) -m pytest -m "not slow" $(TESTFLAGS)
+	$(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(TESTFLAGS)
 
 # pytest exits with 5 when no test matches.
 test-slow: $(READY)

@@ -64,6 +64,7 @@ setup(
             "tf2onnx>=1.17",
             "grpcio",  # with tensorflow-serving-api, which the Makefile installs by itself
             "pytest>=8",
+            "pytest-xdist",
             "ruff>=0.17,<0.18",  # a newer ruff may format differently
             "setuptools>=64",  # the packaging test builds a wheel with these two
             "wheel",

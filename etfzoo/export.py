@@ -59,17 +59,17 @@ def publish(
 
     Without a head each of them returns `features`. They compute in float32, with batch norm folded
     into the convolutions; those weights are derived when the SavedModel is loaded, so that serving
-    holds the stored weights and a float32 copy of the kernels in memory. The reloaded object can be
+    holds the stored weights and a float32 copy of them in memory. The reloaded object can be
     called too: `tf.saved_model.load(path)(images, training=True)` returns `features` and `logits`
     of the stored weights in `.weights`, updates the moving statistics and has gradients to the
-    trainable ones. (Train float32 storage: float16 kernels lose small steps. What is trained there
+    trainable ones. (Train float32 storage: float16 weights lose small steps. What is trained there
     reaches the signatures only when it is saved and loaded again.)
 
     Args:
         model: the classifier; TensorFlow backend.
         directory: the model's folder, e.g. `saved_models/rn18_etf.shapes`; made if needed.
         version: a positive integer; None is one above the highest that exists.
-        storage: `"float32"`, or `"float16"` for kernels of half the size, rounded to 11 bits.
+        storage: `"float32"`, or `"float16"` for half the size: weights rounded to 11 bits.
         provenance: what the weights come from (command, dataset, config, seed); JSON values.
         metrics: results; `top1` (a share of 1) is shown by `etfzoo.load`.
         licence: licence of the weights.

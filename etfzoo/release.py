@@ -8,7 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from etfzoo import card, checkpoint, export, files, index, machine, manifest, weights, zoo
+from etfzoo import (
+    card,
+    checkpoint,
+    export,
+    files,
+    index,
+    machine,
+    manifest,
+    saved_model,
+    weights,
+    zoo,
+)
 from etfzoo.classifier import ImageClassifier
 from etfzoo.config import TrainConfig
 from etfzoo.errors import EtfzooError
@@ -108,18 +119,16 @@ def release(
 def check(model: ImageClassifier, folder, storage: str = "float32") -> None:
     """Compares a published version with the model in memory, bit for bit.
 
-    With float16 storage it is compared with the model whose kernels are rounded to float16.
+    With float16 storage it is compared with the model whose weights are rounded to float16.
 
     Raises:
         EtfzooError: a weight or a logit differs.
     """
     loaded = zoo.load(Path(folder))
     expected = weights.as_arrays(model.variables)
-    if storage == "float16":
-        expected = {
-            path: a.astype("float16").astype(a.dtype) if path.endswith("/kernel") else a
-            for path, a in expected.items()
-        }
+    for path, array in expected.items():
+        stored = array.astype(saved_model.stored_dtype(path, str(array.dtype), storage))
+        expected[path] = stored.astype(array.dtype)
     found = weights.as_arrays(loaded.variables)
     different = [path for path, a in expected.items() if not np.array_equal(a, found.get(path))]
     if different or found.keys() != expected.keys():

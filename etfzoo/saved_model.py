@@ -16,6 +16,7 @@ import uuid
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
+from tensorflow.core.protobuf import saved_model_pb2
 
 from etfzoo import folding
 from etfzoo.classifier import ImageClassifier, feature_model
@@ -55,10 +56,11 @@ def save(model: ImageClassifier, folder, storage: str = "float32") -> None:
     level = log.level
     log.setLevel(logging.WARNING)
     try:
-        signatures = _signatures(model.spec, inference.on_resources)
+        signatures = _signatures(model.spec, inference.on_derived)
         sharding = tf.train.experimental.MaxShardSizePolicy(max_shard_size=SHARD_BYTES)
         options = tf.saved_model.SaveOptions(experimental_sharding_callback=sharding)
         tf.saved_model.save(module, str(folder), signatures=signatures, options=options)
+        _drop_shapes(folder)
     finally:
         log.setLevel(level)
     requests = folder / "assets.extra" / "tf_serving_warmup_requests"
@@ -68,9 +70,29 @@ def save(model: ImageClassifier, folder, storage: str = "float32") -> None:
             writer.write(_warm_up(name, *signature.input_signature))
 
 
+def _drop_shapes(folder):
+    """Removes the shape of each node's outputs from the graphs: an eighth of them.
+
+    They are inferred where they are not given.
+    """
+    path = folder / "saved_model.pb"
+    content = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    for meta_graph in content.meta_graphs:
+        graph = meta_graph.graph_def
+        for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
+            for node in nodes:
+                node.attr.pop("_output_shapes", None)
+    path.write_bytes(content.SerializeToString(deterministic=True))
+    (folder / "fingerprint.pb").unlink()  # optional, and of the file before
+
+
 def stored_dtype(path: str, dtype: str, storage: str) -> str:
-    """The type in which a variable is stored: `storage` for float32 kernels, else its own."""
-    return storage if dtype == "float32" and path.endswith("/kernel") else dtype
+    """The type in which a variable is stored: `storage` where it is float32, else its own.
+
+    Covariances stay, as whitening divides by their smallest eigenvalues.
+    """
+    half = dtype == "float32" and not path.endswith("/moving_covariance")
+    return storage if half else dtype
 
 
 def escape(path: str) -> str:
@@ -97,7 +119,7 @@ def _callable(model, stored, inference):
     network = feature_model(model, taps)
 
     def train(images):
-        values = {v.path: tf.cast(stored[v.path], v.dtype) for v in network.variables}
+        values = {v.path: _read(stored[v.path], v.dtype) for v in network.variables}
         fixed = [values[v.path] for v in network.non_trainable_variables]
         outputs, updated = network.stateless_call(
             [values[v.path] for v in network.trainable_variables],
@@ -134,6 +156,7 @@ class _Inference:
     """The float32 network with batch norm folded, from images to all taps.
 
     Attributes:
+        on_derived: computes on what was derived when the model was loaded.
         resources: what has to be saved with the functions.
     """
 
@@ -146,7 +169,7 @@ class _Inference:
         self._paths = [v.path for v in folded.variables]
 
         def derive():
-            floats = {path: tf.cast(v, tf.float32) for path, v in stored.items()}
+            floats = {path: _read(v, tf.float32) for path, v in stored.items()}
             weights = folding.folded_weights(network, floats)
             return [weights[path] for path in self._paths]
 
@@ -177,20 +200,27 @@ class _Inference:
         self._derived = {path: _derived_variable(shapes[path]) for path in derived}
         self.resources = [_Initializer(self._initialize), *self._derived.values()]
 
+        def run_on_derived(images):
+            variables = stored | self._derived
+            return self._run(images, *(_read(variables[path]) for path in self._paths))
+
+        self.on_derived = tf.function(run_on_derived, autograph=False).get_concrete_function(
+            _images_spec(spec)
+        )
+
     def on_stored(self, images):
         """Computes on the stored variables, to which it has gradients."""
         return self._run(images, *self._derive())
-
-    def on_resources(self, images):
-        """Computes on what was derived when the model was loaded."""
-        return self._run(
-            images, *(self._derived.get(path, self._stored.get(path)) for path in self._paths)
-        )
 
     def _initialize(self):
         for path, value in zip(self._paths, self._derive(), strict=True):
             if path in self._derived:
                 self._derived[path].assign(value)
+
+
+def _read(variable, dtype=tf.float32):
+    """The value, read here: in a layer the operation would get a long name, for each variable."""
+    return tf.cast(tf.convert_to_tensor(variable), dtype)
 
 
 def _derived_variable(shape):

@@ -39,7 +39,6 @@ def test_first_version_and_its_files(version):
     files = {str(p.relative_to(version)) for p in version.rglob("*") if p.is_file()}
     assert files == {
         "saved_model.pb",
-        "fingerprint.pb",
         "variables/variables.index",
         "variables/variables.data-00000-of-00001",
         "assets.extra/etfzoo.json",

@@ -123,11 +123,16 @@ def test_recipe(tmp_path):
     assert onnx.returncode == 0, onnx.stderr
     assert "ONNX Runtime differs from Keras by" in onnx.stdout
     assert_close(run_onnx(tmp_path / "new/m.onnx", pixels())[1], model(pixels()))
-    again = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/new/m.onnx")
+
+
+@pytest.mark.slow
+def test_recipe_with_other_flags(tmp_path):
+    model = make()
+    version = etfzoo.publish(model, tmp_path / "rn18_etf.x")
+    (tmp_path / "m.onnx").touch()
+    again = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/m.onnx")
     assert again.returncode == 2
-    assert again.stderr == (
-        f"error: {tmp_path}/new/m.onnx already exists; choose another --output\n"
-    )
+    assert again.stderr == f"error: {tmp_path}/m.onnx already exists; choose another --output\n"
     half = export(f"--model={version}", "--storage=float16", f"--output={tmp_path}/half")
     assert half.returncode == 0, half.stderr
     served = tf.saved_model.load(str(tmp_path / "half" / "1"))

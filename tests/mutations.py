@@ -16,8 +16,9 @@ from etfzoo import export, manifest
 
 DATA = "variables/variables.data-00000-of-00001"
 INDEX = "variables/variables.index"
+WARM_UP = "assets.extra/tf_serving_warmup_requests"
 NAME = "rn18_etf.x"
-FILES = ("saved_model.pb", "fingerprint.pb", DATA, INDEX, export.METADATA, "README.md")
+FILES = ("saved_model.pb", WARM_UP, DATA, INDEX, export.METADATA, "README.md")
 
 PATHS = (  # what no list may name
     "../evil",

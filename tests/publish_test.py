@@ -66,6 +66,7 @@ def test_the_command_leaves_out_the_places_of_a_machine():
     assert machine._command(["/home/me/train.py", "1"]) == "python train.py 1"
 
 
+@pytest.mark.slow
 def test_from_a_workdir_to_a_name(workdir, tmp_path):
     """With the commands of the README: publish, serve the folder, load by name elsewhere."""
     zoo = tmp_path / "zoo"

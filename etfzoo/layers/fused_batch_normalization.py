@@ -52,9 +52,9 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         )
         if training:
             # The op's variance is unbiased, n / (n - 1) times that of Keras; n = 1 gives 0.
-            n = tf.reduce_prod(tf.cast(tf.shape(inputs)[:-1], "float32"))
+            one_over_n = inputs.shape[-1] / tf.cast(tf.size(inputs), "float32")
             self._update(self.moving_mean, mean)
-            self._update(self.moving_variance, tf.math.multiply_no_nan(variance, (n - 1) / n))
+            self._update(self.moving_variance, tf.math.multiply_no_nan(variance, 1 - one_over_n))
         return y
 
     def _fuses(self, inputs, training, mask) -> bool:

@@ -25,13 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CALLS = 10  # a measurement
 
 LOAD = """
-import resource, sys, time
+import re, sys, time
 import numpy as np, tensorflow as tf, keras, keras_cv, etfzoo
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
 etfzoo.load, np.random
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-path = sys.argv[2]
-model = etfzoo.load(path) if sys.argv[1] == "etfzoo.load" else tf.saved_model.load(path)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+before = kilobytes("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+start = time.perf_counter()
+model = (etfzoo.load if sys.argv[1] == "etfzoo.load" else tf.saved_model.load)(sys.argv[2])
+print(time.perf_counter() - start, kilobytes("VmHWM") - before)
 """
 
 

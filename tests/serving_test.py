@@ -22,7 +22,7 @@ import tensorflow as tf
 import etfzoo
 from bad_requests import REFUSALS, answer, bad_requests, encode, legal_images, strings
 from c_api import Loader, StatusError
-from etfzoo import serving
+from etfzoo import formats, serving
 from etfzoo.data.augment import evaluation_image
 from etfzoo.data.folders import image_files
 from etfzoo.data.sources import resolve
@@ -503,3 +503,28 @@ def test_compose_names_files_that_are_there():
     files = re.findall(r"=/config/(\S+)", text)
     assert {"models.config", "batching.config", "monitoring.config"} == set(files)
     assert all((ROOT / "serving" / name).is_file() for name in files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone, limits", [("rn50", (106, 54)), ("rn101", (182, 92))])
+def test_large_networks_agree_everywhere(backbone, limits, tmp_path):
+    """Keras, TensorFlow's Python loader, its C++ loader and ONNX Runtime; sizes in MB."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = etfzoo.build_classifier(backbone, 1000, head="linear")
+    randomize(model)
+    images = np.random.default_rng(0).uniform(0, 255, (2, 224, 224, 3)).astype("float32")
+    expected = np.asarray(model(images))
+    folder = etfzoo.publish(model, tmp_path / f"{backbone}_linear.x")
+    served = tf.saved_model.load(str(folder)).signatures["serving_default"]
+    assert_close(served(images=images)["logits"], expected)
+    with Loader(folder) as loader:
+        assert_close(loader.run("serving_default", images=images)["logits"], expected)
+    formats.export_onnx(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert_close(session.run(None, {"images": images})[0], expected)
+    assert np.array_equal(etfzoo.load(folder)(images), expected)
+    half = etfzoo.publish(model, tmp_path / "half", storage="float16")
+    for path, limit in zip((folder, half), limits, strict=True):
+        files = [p for p in path.rglob("*") if p.is_file()]
+        assert sum(p.stat().st_size for p in files) <= limit * 1e6
+        assert max(p.stat().st_size for p in files) <= 95e6

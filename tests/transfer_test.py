@@ -12,6 +12,7 @@ import etfzoo
 from etfzoo import checkpoint, evaluation, transfer
 from etfzoo.config import TrainConfig
 from etfzoo.data import sources
+from etfzoo.features import Features
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +89,9 @@ def test_probe_of_classes_without_training_examples(tmp_path):
     centres = 5 * rng.randn(3, 4)
     labels = np.array([1, 1, 3, 3, 4, 4] * 10)
     x = centres[np.searchsorted([1, 3, 4], labels)] + 0.1 * rng.randn(60, 4)
-    kernel, bias = transfer._fit(x, labels, 1.0, num_classes=6)
+    ((kernel, bias),) = transfer._fit(Features(x, labels), (1.0,), num_classes=6)
     assert kernel.shape == (4, 6) and np.isfinite(bias).all()
     np.testing.assert_array_equal(np.argmax(x @ kernel + bias, 1), labels)
     two = labels != 4
-    kernel, bias = transfer._fit(x[two], labels[two], 1.0, num_classes=6)
+    ((kernel, bias),) = transfer._fit(Features(x[two], labels[two]), (1.0,), num_classes=6)
     np.testing.assert_array_equal(np.argmax(x[two] @ kernel + bias, 1), labels[two])

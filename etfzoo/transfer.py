@@ -62,7 +62,9 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
     scores = []
     for candidate in candidates:
         name = f"lr{candidate.learning_rate:g}_wd{candidate.weight_decay:g}"
-        trial = dataclasses.replace(candidate, train_split="fit", eval_split="select")
+        trial = dataclasses.replace(
+            candidate, train_split="fit", eval_split="select", neural_collapse_every=0
+        )
         print(f"candidate {name}", flush=True)
         try:
             score = training.train_and_evaluate(trial, Path(workdir) / "select" / name)[metric]

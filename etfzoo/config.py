@@ -59,6 +59,8 @@ class TrainConfig:
         steps_per_execution: steps between two looks at the clock, signals and checkpoints.
         jit_compile: whether XLA compiles the step; None: on one GPU, when not deterministic.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
+        neural_collapse_every: epochs between collapse measures on both splits, also after the last
+            epoch; 0 is never. Each takes a pass over both splits.
         checkpoint_every: steps between checkpoints; evaluated epochs end with one too.
         keep_checkpoints: number of latest checkpoints that are kept, beside the best.
         skip_corrupt: decode every record once before training and leave out the broken ones.
@@ -105,6 +107,7 @@ class TrainConfig:
     steps_per_execution: int = 1
     jit_compile: bool | None = None
     eval_every: int = 1
+    neural_collapse_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     skip_corrupt: bool = False
@@ -135,6 +138,7 @@ class TrainConfig:
             ("epochs", 1, math.inf),
             ("batch_size", 1, math.inf),
             ("eval_every", 1, math.inf),
+            ("neural_collapse_every", 0, math.inf),
             ("checkpoint_every", 1, math.inf),
             ("keep_checkpoints", 1, math.inf),
             ("steps_per_execution", 1, math.inf),

@@ -161,16 +161,42 @@ def evaluation_step(model, label_smoothing=0.0, strategy=None):
     return step
 
 
+def feature_step(model, strategy=None):
+    """A function `(images, labels) -> (labels, features)` over the examples of the global batch.
+
+    Args:
+        model: a Keras model from images to features `[B, p]`, run in inference mode.
+        strategy: a tf.distribute strategy; None is one device.
+    """
+    strategy = strategy or tf.distribute.get_strategy()
+
+    def replica(images, labels):
+        return labels, tf.cast(model(images, training=False), tf.float32)
+
+    if strategy.num_replicas_in_sync == 1:
+        return tf.function(replica, reduce_retracing=True)
+
+    def replica_table(images, labels):
+        # One tensor that is gathered is one collective; float32 holds labels up to 2^24.
+        labels, features = replica(images, labels)
+        return tf.concat([tf.cast(labels, tf.float32)[:, None], features], axis=1)
+
+    @tf.function(reduce_retracing=True)
+    def run(images, labels):
+        return strategy.run(replica_table, (images, labels))
+
+    def step(images, labels):
+        table = strategy.gather(run(images, labels), axis=0)
+        return tf.cast(table[:, 0], tf.int32), table[:, 1:]
+
+    return step
+
+
 def synchronize(model, value: bool) -> None:
     """Switches statistics over all replicas on or off in every layer that can; before tracing."""
     for layer in model.layers:
         if hasattr(layer, "synchronized"):
             layer.synchronized = value
-
-
-def inference(model):
-    """A compiled `images -> output` in inference mode."""
-    return tf.function(lambda images: model(images, training=False), reduce_retracing=True)
 
 
 def set_determinism(deterministic: bool) -> None:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import evaluation, files, machine, schedules, step_tf
+from etfzoo import evaluation, features, files, machine, neural_collapse, schedules, step_tf
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import ImageClassifier, build_classifier, replace_head
 from etfzoo.config import TrainConfig
@@ -48,7 +48,8 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
 
     Returns:
         the metrics of the last epoch on the evaluation split, see `evaluation.summary`, with
-        `train_loss`, `train_top1`, `epoch` and `step`.
+        `train_loss`, `train_top1`, `epoch` and `step`; with `neural_collapse_every` also
+        `nc/<split>/<measure>`, see `etfzoo.neural_collapse`.
 
     Raises:
         EtfzooError: bad input, or a workdir that holds another run.
@@ -219,6 +220,8 @@ class _Run:
             False if config.deterministic else config.jit_compile,
         )
         self.evaluate = step_tf.evaluation_step(model, config.label_smoothing, strategy)
+        if config.neural_collapse_every:
+            self.extractor = features.Extractor(model, strategy)
         self.checkpoints = CheckpointManager(workdir, config.keep_checkpoints)
         # Everything that the loop needs to go on as if it had never stopped.
         self.state = {"epoch": 0, "step": 0, "totals": [0.0, 0.0, 0.0], "history": [], "best": -1.0}
@@ -304,6 +307,9 @@ class _Run:
             row |= self._evaluate()
             train["val_top1"] = row["top1"]
         progress.finish(train)
+        every = self.config.neural_collapse_every
+        if every and (epoch % every == 0 or epoch == self.config.epochs):
+            row |= self._neural_collapse()
         best = evaluated and row["top1"] > self.state["best"]
         self.state |= {
             "epoch": epoch,
@@ -324,6 +330,26 @@ class _Run:
             )
             predictions = evaluation.predict(self.evaluate, batches)
         return evaluation.summary(predictions, self.model.spec.num_classes)
+
+    def _neural_collapse(self):
+        """Collapse measures of both splits, as the network sees them at evaluation."""
+        row = {}
+        for split in dict.fromkeys((self.config.train_split, self.config.eval_split)):
+            batches = self.extractor.batches(self.pipeline, split)
+            if not self.chief:  # takes part in computing the features, and no more
+                for _ in batches:
+                    pass
+                continue
+            found = features.in_temporary_file(batches, self.workdir)
+            try:
+                measured = features.collapse(
+                    found, self.model.spec.num_classes, features.linear_head(self.model)
+                )
+            except EtfzooError as error:  # no reason to end a training
+                log.warning("no collapse measures of the %s split: %s", split, error)
+                continue
+            row |= neural_collapse.scalars(measured, f"nc/{split}/")
+        return row
 
     def _stop(self, totals):
         self._save(totals)

@@ -1,4 +1,4 @@
-"""Transfer of a pretrained model: full fine-tuning with a picked rate, and linear probes."""
+"""Transfer of a pretrained model: fine-tuning with a picked rate, linear probes and k-NN."""
 
 import dataclasses
 import json
@@ -11,21 +11,23 @@ from pathlib import Path
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
 
-from etfzoo import evaluation, files, machine, neural_collapse, step_tf, training
+from etfzoo import evaluation, features, files, machine, neural_collapse, step_tf, training
 from etfzoo.checkpoint import CheckpointManager
-from etfzoo.classifier import replace_head
 from etfzoo.config import TrainConfig
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.interruption import leaving_when_a_worker_is_lost
-from etfzoo.progress import Progress
 from etfzoo.strategy import chief_first, get_strategy, is_chief
 
 log = logging.getLogger("etfzoo")
 
 # Inverse L2 strengths of the probe, on standardised features.
 PROBE_GRID = tuple(10.0**e for e in range(-5, 2))
+PROBE_ITERATIONS = 10_000
+KNN_GRID = (1, 5, 10, 20, 50, 100, 200)
+KNN_TEMPERATURE = 0.07
 
 
 def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) -> dict:
@@ -60,7 +62,9 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
     scores = []
     for candidate in candidates:
         name = f"lr{candidate.learning_rate:g}_wd{candidate.weight_decay:g}"
-        trial = dataclasses.replace(candidate, train_split="fit", eval_split="select")
+        trial = dataclasses.replace(
+            candidate, train_split="fit", eval_split="select", neural_collapse_every=0
+        )
         print(f"candidate {name}", flush=True)
         try:
             score = training.train_and_evaluate(trial, Path(workdir) / "select" / name)[metric]
@@ -85,7 +89,7 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
     return result
 
 
-def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
+def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=None) -> dict:
     """Fits an L2 logistic regression on the frozen pooled features of `config.init`.
 
     Features are standardised by the training split; the regularisation is picked on the `select`
@@ -96,92 +100,170 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
         config: the run: model, data, image size and crop count.
         workdir: directory of the run.
         grid: inverse regularisation strengths C that are tried.
+        feature_cache: see `etfzoo.features.Extractor.load`.
 
     Returns:
-        see `etfzoo.evaluation.summary`; with `C`, `scatter_ratio_train` and `scatter_ratio_test`
-        (tr S_W / tr S_B of the frozen features).
+        see `etfzoo.evaluation.summary`; with `C`, and the collapse measures of the frozen features
+        as `nc/train/...` and `nc/test/...` (see `etfzoo.neural_collapse`).
     """
-    if config.init is None or config.head != "linear":
-        raise EtfzooError("a linear probe needs a pretrained model and --head=linear")
-    if config.strategy not in ("auto", "one_device"):
-        raise EtfzooError("a linear probe runs on one device: leave out --strategy")
-    training.check_workdir(config, workdir)
-    finished = training.finished_result(workdir)
-    if finished is not None:
-        return finished
-    source = resolve(config.dataset, config.data_dir)
-    model = training.make_model(config, source)
-    frozen = replace_head(model, None, None)
-    pipeline = training.make_pipeline(config, source, model, workdir)
-    workdir = training.claim_workdir(config, workdir)
-    start = time.monotonic()
-    extract = step_tf.inference(frozen)
-    splits = {
-        role: _features(extract, pipeline, role)
-        for role in ("fit", "select", config.train_split, config.eval_split)
-    }
-    train, test = splits[config.train_split], splits[config.eval_split]
-    strength = _pick_strength(
-        splits["fit"], splits["select"], grid, source.row.metric, source.num_classes
-    )
-    kernel, bias = _fit(*train, strength, source.num_classes)
+    frozen = _Frozen.open(config, workdir, "C", "a linear probe")
+    if frozen.finished is not None:
+        return frozen.finished
+    splits, source = frozen.features(feature_cache), frozen.source
+    classes, select = source.num_classes, splits["select"]
+    probes = _fit(splits["fit"], grid, classes)
+    chosen = (_logits(select, *probe).argmax(1) for probe in probes)
+    strength = _pick(grid, chosen, select.labels, source.row.metric, classes)
+    if len(grid) > 1 and strength in (min(grid), max(grid)):
+        log.warning("the best C, %g, lies at the edge of the grid: widen it", strength)
+    ((kernel, bias),) = _fit(splits["train"], (strength,), classes)
+    model = frozen.model
     head = model.get_layer("logits")
     head.kernel.assign(kernel)
     head.bias.assign(bias)
     predictions = evaluation.predict(
-        step_tf.evaluation_step(model), pipeline.evaluation(config.eval_split)
+        step_tf.evaluation_step(model), frozen.pipeline.evaluation(config.eval_split)
     )
-    result = evaluation.summary(predictions, source.num_classes) | {
-        "C": strength,
-        "scatter_ratio_train": neural_collapse.scatter_ratio(*train),
-        "scatter_ratio_test": neural_collapse.scatter_ratio(*test),
+    result = evaluation.summary(predictions, classes) | {"C": strength}
+    for split in ("train", "test"):
+        measured = features.collapse(splits[split], classes)
+        result |= neural_collapse.scalars(measured, f"nc/{split}/")
+    CheckpointManager(frozen.workdir).save(0, model, None, {})
+    return frozen.finish(result)
+
+
+def knn(config: TrainConfig, workdir, grid=KNN_GRID, feature_cache=None) -> dict:
+    """Classifies by the nearest training examples in the cosine of frozen pooled features.
+
+    Each of the k nearest votes for its class with weight exp(cosine / 0.07) (Wu et al.,
+    "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018); k is
+    picked on the `select` split, with the `fit` split as neighbours. There is nothing to load
+    afterwards: the workdir holds the result only.
+
+    Args:
+        config: the run: model, data, image size and crop count.
+        workdir: directory of the run.
+        grid: numbers of neighbours that are tried; more than there are examples count as all.
+        feature_cache: see `etfzoo.features.Extractor.load`.
+
+    Returns:
+        `top1`, `mean_per_class`, `examples` and `k`.
+    """
+    frozen = _Frozen.open(config, workdir, "k", "k-NN")
+    if frozen.finished is not None:
+        return frozen.finished
+    splits, row, classes = (
+        frozen.features(feature_cache),
+        frozen.source.row,
+        frozen.source.num_classes,
+    )
+    votes = _neighbours(splits["fit"], splits["select"], grid, classes)
+    k = _pick(grid, votes, splits["select"].labels, row.metric, classes)
+    (predicted,) = _neighbours(splits["train"], splits["test"], (k,), classes)
+    labels = splits["test"].labels
+    result = {
+        metric: evaluation.accuracy(labels, predicted, classes, metric)
+        for metric in ("top1", "mean_per_class")
     }
-    CheckpointManager(workdir).save(0, model, None, {})
-    machine.write(workdir, time.monotonic() - start)
-    files.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-    return result
+    return frozen.finish(result | {"examples": len(labels), "k": k})
 
 
-def _features(extract, pipeline, split):
-    progress = Progress(
-        f"features of the {split} split", -(-pipeline.size(split) // pipeline.batch_size)
-    )
-    batches = []
-    with pipeline.naming_corrupt_records(split):
-        for images, labels in pipeline.evaluation(split):
-            batches.append((extract(images), labels))
-            progress.update(len(batches))
-    progress.finish()
-    features, labels = zip(*batches, strict=True)
-    return np.concatenate(features).astype(np.float64), np.concatenate(labels)
+@dataclasses.dataclass
+class _Frozen:
+    """A run on frozen features; `finished` is its result where it was run before."""
+
+    config: TrainConfig
+    workdir: Path
+    finished: dict | None = None
+    source: object = None
+    model: object = None
+    pipeline: object = None
+    start: float = 0.0
+
+    @classmethod
+    def open(cls, config, workdir, mark, what):
+        if config.init is None or config.head != "linear":
+            raise EtfzooError(f"{what} needs a pretrained model and --head=linear")
+        if config.strategy not in ("auto", "one_device"):
+            raise EtfzooError(f"{what} runs on one device: leave out --strategy")
+        training.check_workdir(config, workdir)
+        finished = training.finished_result(workdir)
+        if finished is not None:
+            if mark not in finished:
+                raise EtfzooError(f"{workdir} holds a run that is not {what}; choose another")
+            return cls(config, Path(workdir), finished)
+        source = resolve(config.dataset, config.data_dir)
+        model = training.make_model(config, source)
+        pipeline = training.make_pipeline(config, source, model, workdir)
+        workdir = training.claim_workdir(config, workdir)
+        return cls(config, workdir, None, source, model, pipeline, time.monotonic())
+
+    def features(self, cache) -> dict:
+        """Features of `fit`, `select` and of what the run trains and tests on."""
+        extractor = features.Extractor(self.model)
+        roles = {"fit": "fit", "select": "select"}
+        roles |= {"train": self.config.train_split, "test": self.config.eval_split}
+        return {role: extractor.load(self.pipeline, split, cache) for role, split in roles.items()}
+
+    def finish(self, result) -> dict:
+        machine.write(self.workdir, time.monotonic() - self.start)
+        files.write_text(self.workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        return result
 
 
-def _pick_strength(fit, select, grid, metric, num_classes) -> float:
-    scores = []
-    for strength in grid:
-        kernel, bias = _fit(*fit, strength, num_classes)
-        predicted = np.argmax(select[0] @ kernel + bias, axis=1)
-        scores.append(evaluation.accuracy(select[1], predicted, num_classes, metric))
+def _pick(grid, predictions, labels, metric, num_classes):
+    """The candidate whose predictions score best; of equal ones the first."""
+    scores = [evaluation.accuracy(labels, p, num_classes, metric) for p in predictions]
     return grid[int(np.argmax(scores))]
 
 
-def _fit(features, labels, strength, num_classes):
-    """Kernel `[p, K]` and bias `[K]` of the probe on raw features."""
-    mean, deviation = features.mean(0), features.std(0)
+def _logits(found, kernel, bias):
+    return np.concatenate([batch @ kernel + bias for batch in found.batches()])
+
+
+def _fit(found, strengths, num_classes):
+    """Kernel `[p, K]` and bias `[K]` of the probe on raw features, for each strength in turn.
+
+    Each fit starts from the one before. It is run until the gradient is 1e-6 of the loss's scale,
+    far beyond the point where accuracies stand still, so that rounding does not decide them.
+    """
+    x = np.asarray(found.features, np.float64)
+    mean, deviation = x.mean(0), x.std(0)
     deviation = np.where(deviation > 1e-6 * max(deviation.max(), 1e-30), deviation, np.inf)
-    probe = LogisticRegression(C=strength, max_iter=1000)
-    with warnings.catch_warnings():
-        # The largest C need not converge to be compared: accuracy stands still long before.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        probe.fit((features - mean) / deviation, labels)
-    coefficients, intercept = probe.coef_, probe.intercept_
-    if len(probe.classes_) == 2:  # scikit-learn keeps one row for two classes
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        intercept = np.concatenate([-intercept, intercept]) / 2
-    coefficients = coefficients / deviation
-    kernel = np.zeros((features.shape[1], num_classes))
-    # A class without a training example must never win.
-    bias = np.full(num_classes, intercept.min() - 1e4)
-    kernel[:, probe.classes_] = coefficients.T
-    bias[probe.classes_] = intercept - coefficients @ mean
-    return kernel, bias
+    x = (x - mean) / deviation
+    probe = LogisticRegression(tol=1e-6, max_iter=PROBE_ITERATIONS, warm_start=True)
+    for strength in strengths:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in our words
+            probe.set_params(C=strength).fit(x, found.labels)
+        if probe.n_iter_.max() >= PROBE_ITERATIONS:
+            log.warning(
+                "the probe with C=%g was stopped after %d steps before it converged: its accuracy "
+                "may change by some tenths of a point from run to run", strength, PROBE_ITERATIONS,
+            )  # fmt: skip
+        coefficients, intercept = probe.coef_, probe.intercept_
+        if len(probe.classes_) == 2:  # scikit-learn keeps one row for two classes
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            intercept = np.concatenate([-intercept, intercept]) / 2
+        coefficients = coefficients / deviation
+        kernel = np.zeros((x.shape[1], num_classes))
+        # A class without a training example must never win.
+        bias = np.full(num_classes, intercept.min() - 1e4)
+        kernel[:, probe.classes_] = coefficients.T
+        bias[probe.classes_] = intercept - coefficients @ mean
+        yield kernel, bias
+
+
+def _neighbours(train, test, grid, num_classes):
+    """Predicted classes `[N]` of the test examples, for each number of neighbours."""
+    most = min(max(grid), len(train.labels))
+    search = NearestNeighbors(n_neighbors=most, metric="cosine", algorithm="brute")
+    distances, found = search.fit(train.features).kneighbors(test.features)
+    # Less the nearest one's, so that no weight overflows.
+    weights = np.exp((distances[:, :1] - distances) / KNN_TEMPERATURE)
+    labels = np.asarray(train.labels, np.int64)[found]
+    for k in grid:
+        votes = np.zeros((len(labels), num_classes))
+        for column in range(min(k, most)):
+            votes[np.arange(len(labels)), labels[:, column]] += weights[:, column]
+        yield votes.argmax(1)

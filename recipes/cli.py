@@ -39,6 +39,11 @@ def numbers(group, name, default, help_text):
     _define(group, flags.DEFINE_list, name, default, help_text)
 
 
+def strings(group, name, default, help_text):
+    """Defines a flag that takes one name or several, separated by commas."""
+    _define(group, flags.DEFINE_list, name, default, help_text)
+
+
 def integer(group, name, default, help_text):
     """Defines a whole-number flag."""
     _define(group, flags.DEFINE_integer, name, default, help_text)
@@ -106,6 +111,7 @@ def training_flags(protocol):
     )
     boolean("Machine", "deterministic", True, "repeat bit for bit (slower on some devices)")
     integer("Training", "eval_every", 1, "epochs between evaluations")
+    integer("Training", "neural_collapse_every", 0, "epochs between collapse measures; 0 is never")
     integer("Machine", "checkpoint_every", 500, "steps between checkpoints")
     integer("Machine", "keep_checkpoints", 2, "latest checkpoints that are kept")
     string("Files", "workdir", None, "directory of this run (default: one below runs/)")
@@ -117,6 +123,16 @@ def strategy_flags():
     string("Machine", "strategy", "auto", "auto, one_device, mirrored, multiworker or tpu")
     string("Machine", "tpu", None, "TPU name or address; local for the one in this machine")
     integer("Machine", "num_virtual_devices", None, "CPU devices for --strategy=mirrored")
+
+
+def feature_cache_flag():
+    """Where features of frozen networks are kept."""
+    string(
+        "Files",
+        "feature_cache",
+        "runs/features",
+        "directory of features by hash of weights, images and preprocessing; empty keeps none",
+    )
 
 
 def open_strategy(settings):

@@ -57,7 +57,7 @@ def main():
             tuned = transfer.finetune(config(target, "finetune", **values), workdir)
             probe = transfer.linear_probe(config(target, "finetune", **values), workdir + "_probe")
             interval = evaluation.binomial_interval(tuned["top1"], tuned["examples"])
-            ratio = f"{probe['scatter_ratio_test']:.2f}"
+            ratio = f"{probe['nc/test/nc1_ratio']:.2f}"
             probed = f"{100 * probe['top1']:.1f}"
             rows.append([head, target, _percent(tuned["top1"], *interval), probed, ratio])
             lines[head].append((tuned["top1"], *interval))

@@ -1,7 +1,8 @@
-"""Fine-tunes a pretrained model on another data set, or fits a linear probe on its features.
+"""Fine-tunes a pretrained model on another data set, or classifies by its frozen features.
 
   python recipes/finetune.py --model=runs/my_pretraining --dataset=oxford_flowers102
   python recipes/finetune.py --model=rn50_etf --dataset=cifar10 --mode=linear_probe
+  python recipes/finetune.py --model=rn50_etf --dataset=cifar10 --mode=knn
   python recipes/finetune.py --model=DIR --dataset=dtd --learning_rate=0.003,0.01,0.03
 
 Several learning rates or weight decays (comma separated): each is trained on one part of the
@@ -39,26 +40,34 @@ def main():
     )
     print(f"{FLAGS.mode} of {config.init} on {config.dataset} -> {workdir}", flush=True)
     if FLAGS.mode == "linear_probe":
-        result = transfer.linear_probe(config, workdir)
+        result = transfer.linear_probe(config, workdir, feature_cache=FLAGS.feature_cache or None)
+    elif FLAGS.mode == "knn":
+        result = transfer.knn(config, workdir, feature_cache=FLAGS.feature_cache or None)
     elif FLAGS.mode == "full":
         cli.print_assumed(config, "finetune")
         result = transfer.finetune(config, workdir, rates, decays)
     else:
-        raise etfzoo.EtfzooError(f"--mode is full or linear_probe; got {FLAGS.mode!r}")
+        raise etfzoo.EtfzooError(f"--mode is full, linear_probe or knn; got {FLAGS.mode!r}")
+    top5 = f"  top-5 {100 * result['top5']:.2f} %" if "top5" in result else ""
     print(
-        f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
+        f"top-1 {100 * result['top1']:.2f} %{top5}  mean per-class "
         f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images of the "
-        f"{config.eval_split} split\nnext: python recipes/evaluate.py --model={workdir} "
-        f"--dataset={config.dataset}{cli.data_dir_flag(config)}"
+        f"{config.eval_split} split"
     )
+    if FLAGS.mode != "knn":  # which leaves no model
+        print(
+            f"next: python recipes/evaluate.py --model={workdir} --dataset={config.dataset}"
+            f"{cli.data_dir_flag(config)}"
+        )
 
 
 if __name__ == "__main__":
     cli.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
-    cli.string("Model", "mode", "full", "full or linear_probe")
+    cli.string("Model", "mode", "full", "full, linear_probe or knn")
     cli.string("Model", "head", "linear", "the new head: linear or etf")
     cli.data_flags("oxford_flowers102")
     cli.training_flags("standard")
+    cli.feature_cache_flag()
     cli.numbers("Training", "learning_rate", None, "one, or several to pick from")
     cli.numbers("Training", "weight_decay", None, "one, or several to pick from")
     cli.run(main, __doc__)

@@ -128,6 +128,31 @@ def test_finetune_probe_evaluate_publish_load(pretrained, embedded_dir, tmp_path
     _assert_one_line(err, "has 10 classes")
 
 
+@pytest.mark.slow
+def test_collapse_measures_and_knn(pretrained, embedded_dir, tmp_path):
+    data = f"--data_dir={embedded_dir}"
+    flags = (f"--model={pretrained}", data, "--feature_cache=cache")
+    out, _ = _run(
+        "neural_collapse", *flags, "--dataset=digits", "--ood_dataset=shapes/textures",
+        "--output=nc.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert "nc1_ratio" in out and "written to nc.json" in out
+    splits = json.loads((tmp_path / "nc.json").read_text())["splits"]
+    assert [splits[s]["examples"] for s in ("train", "test")] == [200, 1297]
+    assert {"nc1", "nc4", "nc5"} <= splits["test"].keys()
+    _run("neural_collapse", *flags, "--dataset=shapes/source", "--split=test", cwd=tmp_path)
+    (path,) = (tmp_path / "runs/neural_collapse").glob("*.json")
+    splits = json.loads(path.read_text())["splits"]
+    assert splits.keys() == {"test"} and "nc3" not in splits["test"]  # 16 classes, not 10
+    flags += ("--dataset=shapes/outlines", "--mode=knn", *TINY, "--workdir=knn")
+    out, _ = _run("finetune", *flags, cwd=tmp_path)
+    assert "on 500 images" in out and "next:" not in out
+    result = json.loads((tmp_path / "knn/result.json").read_text())
+    assert result["examples"] == 500 and result["k"] >= 1
+    _, err = _run("neural_collapse", "--dataset=digits", code=2, cwd=tmp_path)
+    _assert_one_line(err, "say which model")
+
+
 def _photos(root, broken=0):
     rng = np.random.RandomState(0)
     for name in ("cat", "dog"):

@@ -12,6 +12,8 @@ import etfzoo
 from etfzoo import checkpoint, evaluation, transfer
 from etfzoo.config import TrainConfig
 from etfzoo.data import sources
+from etfzoo.errors import EtfzooError
+from etfzoo.features import Features
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,13 @@ def test_probe_is_scikit_learns_logistic_regression(config, tmp_path):
     assert evaluation.summary(predictions, 10)["top1"] == pytest.approx(result["top1"])
     assert result["top1"] > 0.3  # random features of scanned digits are well above chance
     assert transfer.linear_probe(config, tmp_path) == result  # finished: not fitted again
+    for split, (pixels_features, names) in {"train": (x, y), "test": (x_test, y_test)}.items():
+        means = np.stack([pixels_features[names == k].mean(0) for k in range(10)])
+        within = np.square(pixels_features - means[names]).sum()
+        between = np.square(means[names] - pixels_features.mean(0)).sum()
+        assert result[f"nc/{split}/nc1_ratio"] == pytest.approx(within / between, rel=1e-4)
+    with pytest.raises(EtfzooError, match="holds a run that is not k-NN"):
+        transfer.knn(config, tmp_path)
 
 
 def test_search_compares_on_the_selection_split_and_trains_the_best(config, tmp_path):
@@ -88,9 +97,71 @@ def test_probe_of_classes_without_training_examples(tmp_path):
     centres = 5 * rng.randn(3, 4)
     labels = np.array([1, 1, 3, 3, 4, 4] * 10)
     x = centres[np.searchsorted([1, 3, 4], labels)] + 0.1 * rng.randn(60, 4)
-    kernel, bias = transfer._fit(x, labels, 1.0, num_classes=6)
+    ((kernel, bias),) = transfer._fit(Features(x, labels), (1.0,), num_classes=6)
     assert kernel.shape == (4, 6) and np.isfinite(bias).all()
     np.testing.assert_array_equal(np.argmax(x @ kernel + bias, 1), labels)
     two = labels != 4
-    kernel, bias = transfer._fit(x[two], labels[two], 1.0, num_classes=6)
+    ((kernel, bias),) = transfer._fit(Features(x[two], labels[two]), (1.0,), num_classes=6)
     np.testing.assert_array_equal(np.argmax(x[two] @ kernel + bias, 1), labels[two])
+
+
+def correlated(n, classes=10, dim=60, seed=0):
+    """Features of which few directions carry most of the variance, as those of networks."""
+    rng = np.random.default_rng(seed)
+    mixing = np.linalg.qr(np.random.default_rng(9).normal(size=(dim, dim)))[0]
+    mixing *= np.logspace(1, -2, dim)[:, None]
+    centres = np.random.default_rng(8).normal(size=(classes, dim))
+    labels = np.arange(n) % classes
+    return (0.7 * centres[labels] + rng.normal(size=(n, dim))) @ mixing, labels
+
+
+@pytest.mark.parametrize("strength", [1e-2, 10.0])
+def test_probe_does_not_depend_on_rounding(strength, caplog):
+    (x, y), (x_test, _) = correlated(400), correlated(4000, seed=1)
+    noise = 1 + 1e-6 * np.random.default_rng(2).normal(size=x.shape)
+    chosen = []
+    for data in (x, x * noise):
+        ((kernel, bias),) = transfer._fit(Features(data, y), (strength,), 10)
+        chosen.append((x_test @ kernel + bias).argmax(1))
+    assert np.mean(chosen[0] != chosen[1]) <= 0.001
+    # Warm starts along the grid end where a start from zero does.
+    *_, (kernel, bias) = transfer._fit(Features(x, y), (1e-4, 1e-1, strength), 10)
+    assert np.mean((x_test @ kernel + bias).argmax(1) != chosen[0]) <= 0.001
+    assert "before it converged" not in caplog.text
+
+
+def test_a_probe_that_does_not_converge_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(transfer, "PROBE_ITERATIONS", 5)
+    list(transfer._fit(Features(*correlated(200)), (1.0,), 10))
+    assert "the probe with C=1 was stopped after 5 steps" in caplog.text
+
+
+def test_neighbours_vote_by_cosine():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(60, 5)), rng.normal(size=(25, 5))
+    labels = rng.integers(0, 4, 60)
+    grid = (1, 7, 200)
+    found = list(transfer._neighbours(Features(train, labels), Features(test, None), grid, 6))
+    for k, predicted in zip(grid, found, strict=True):
+        for x, chosen in zip(test, predicted, strict=True):
+            cosines = train @ x / np.linalg.norm(train, axis=1) / np.linalg.norm(x)
+            votes = np.zeros(6)
+            for i in np.argsort(-cosines)[:k]:
+                votes[labels[i]] += np.exp(cosines[i] / 0.07)
+            assert chosen == votes.argmax()
+    # Lengths do not count.
+    scaled = Features(train * rng.uniform(0.1, 9, (60, 1)), labels)
+    again = list(transfer._neighbours(scaled, Features(7 * test, None), grid, 6))
+    np.testing.assert_array_equal(again, found)
+
+
+def test_knn_of_digits(config, tmp_path):
+    result = transfer.knn(config, tmp_path / "run", (1, 5, 1000), tmp_path / "cache")
+    assert result["examples"] == 1297 and result["k"] in (1, 5) and result["top1"] > 0.3
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    assert transfer.knn(config, tmp_path / "run") == result
+    assert transfer.knn(config, tmp_path / "again", (1, 5, 1000), tmp_path / "cache") == result
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    with pytest.raises(EtfzooError, match="k-NN runs on one device"):
+        transfer.knn(dataclasses.replace(config, strategy="mirrored"), tmp_path / "other")

@@ -6,6 +6,7 @@ what the uninterrupted run would have shown. Records that were seen already are 
 
 import contextlib
 import dataclasses
+import hashlib
 
 import numpy as np
 import tensorflow as tf
@@ -58,6 +59,7 @@ class Pipeline:
         self.batch_size = batch_size
         self.seed = seed
         self.corrupt = corrupt
+        self.preprocessing = (height, width, crop)  # of evaluation
         # Traced once here, so that making an epoch's data set costs milliseconds.
         self._train = tf.function(
             lambda encoded, key: augment.training_image(
@@ -118,6 +120,15 @@ class Pipeline:
             return tf.cast(self._evaluate(record["image"]), tf.uint8), record["label"]
 
         return self._batch(records.map(example, tf.data.AUTOTUNE), share, drop_remainder=False)
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 of the encoded images and labels of a split or role, in file order."""
+        digest = hashlib.sha256()
+        for record in self._records(split).batch(64).as_numpy_iterator():
+            for image, label in zip(record["image"], record["label"], strict=True):
+                digest.update(f"{label} {len(image)} ".encode())
+                digest.update(image)
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def naming_corrupt_records(self, split: str, epoch: int | None = None, start_step: int = 0):

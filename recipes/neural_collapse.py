@@ -1,0 +1,87 @@
+"""Measures neural collapse of a model's features on a data set: NC1 to NC5, CDNV, tr(C)/p.
+
+  python recipes/neural_collapse.py --model=runs/my_run --dataset=oxford_flowers102
+  python recipes/neural_collapse.py --model=rn50_etf --dataset=cifar10 --split=test
+  python recipes/neural_collapse.py --model=runs/my_run --dataset=cifar10 --ood_dataset=svhn_cropped
+
+Prints a table and writes json. What each measure is: see etfzoo/neural_collapse.py. nc3 and nc4
+compare the classifier with the class means, and need a model of as many classes as the data has.
+"""
+
+import json
+import os
+
+import cli
+from cli import FLAGS
+
+
+def main():
+    import etfzoo
+    from etfzoo import features, files, report
+    from etfzoo.data import sources
+    from etfzoo.data.augment import Augmentation
+    from etfzoo.data.pipeline import Pipeline
+    from etfzoo.interruption import leaving_when_a_worker_is_lost
+    from etfzoo.strategy import check_batch_size, chief_first, is_chief, wait_for_all
+
+    if not FLAGS.model:
+        raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
+    strategy = cli.open_strategy(FLAGS)
+    check_batch_size(FLAGS.batch_size, strategy)
+    with strategy.scope():
+        model = etfzoo.load(FLAGS.model)
+    height, width = model.spec.input_shape[:2]
+    if height is None or width is None:
+        raise etfzoo.EtfzooError(f"{FLAGS.model} has no image size: its features have no one scale")
+    extractor = features.Extractor(model, strategy)
+
+    def load(name, split):
+        source = chief_first(strategy, lambda: sources.resolve(name, FLAGS.data_dir))
+        pipeline = Pipeline(
+            source, height, width, model.spec.crop, FLAGS.batch_size,
+            Augmentation("none", flip=False), 0,
+        )  # fmt: skip
+        return extractor.load(pipeline, split, FLAGS.feature_cache or None), source.num_classes
+
+    with leaving_when_a_worker_is_lost(strategy):
+        ood = load(FLAGS.ood_dataset, "test")[0] if FLAGS.ood_dataset else None
+        results = {}
+        for split in FLAGS.split:
+            found, classes = load(FLAGS.dataset, split)
+            fits = model.spec.head is not None and model.spec.num_classes == classes
+            head = features.linear_head(model) if fits else None
+            if is_chief(strategy):
+                results[split] = features.collapse(found, classes, head, ood)
+        wait_for_all(strategy)
+    if not is_chief(strategy):
+        return
+    names = dict.fromkeys(name for result in results.values() for name in result)
+    rows = [["measure", *results]]
+    rows += [[name, *(_text(result.get(name)) for result in results.values())] for name in names]
+    print(report.text_table(rows))
+    dataset = FLAGS.dataset.replace(":", "_").replace("/", "_")
+    name = f"{os.path.basename(FLAGS.model.rstrip('/'))}_{dataset}"
+    output = FLAGS.output or f"runs/neural_collapse/{name}.json"
+    files.make_directory(os.path.dirname(output) or ".")
+    document = {"model": FLAGS.model, "dataset": FLAGS.dataset, "ood_dataset": FLAGS.ood_dataset}
+    document |= {"etfzoo": etfzoo.__version__, "splits": results}
+    files.write_text(output, json.dumps(document, indent=2) + "\n")
+    print(f"written to {output}")
+
+
+def _text(value):
+    if isinstance(value, list):
+        return f"{len(value)} classes" if value else "none"
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    cli.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    cli.data_flags("imagenet2012")
+    cli.strings("Data", "split", "train,test", "splits or roles (train, fit, select, test)")
+    cli.string("Data", "ood_dataset", None, "other data, whose test split nc5 compares with")
+    cli.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    cli.strategy_flags()
+    cli.feature_cache_flag()
+    cli.string("Files", "output", None, "json file (default: below runs/neural_collapse)")
+    cli.run(main, __doc__)

@@ -100,8 +100,9 @@ def check_workdir(config: TrainConfig, workdir) -> None:
 
 
 def claim_workdir(config: TrainConfig, workdir) -> Path:
-    """Creates the workdir with its `config.json`."""
+    """Creates the workdir with its `config.json`, or tidies up after a run that was killed."""
     workdir = files.make_directory(workdir)
+    files.remove_temporaries(workdir)
     config.save(workdir / "config.json")
     return workdir
 

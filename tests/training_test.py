@@ -79,8 +79,10 @@ def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
     machine.write(tmp_path, 1000)
     name = f"step-{step:010d}.npz"
     shutil.copy(workdir / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    (tmp_path / ".metrics.csv.1a2b3c4d.tmp").touch()  # as a kill leaves it
     training.train_and_evaluate(config, tmp_path)
     _assert_same_end(workdir, tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
     assert (tmp_path / "metrics.csv").read_text() == (workdir / "metrics.csv").read_text()
     assert machine.read(tmp_path)["seconds"] > 1000 or step == 8  # with those before the stop
 

@@ -17,7 +17,7 @@ from etfzoo.layers import frames
 
 PROJECTIONS = ("gaussian", "haar", "etf")
 # Regularisations that are tried where one is picked.
-GRID = tuple(10.0**e for e in np.arange(-6, 2.01, 0.5))
+GRID = tuple(10.0**e for e in np.arange(-8, 2.01, 0.5))
 
 Activation = Callable[[np.ndarray], np.ndarray]
 
@@ -342,11 +342,12 @@ def gaussian_classes(
     Returns:
         inputs `[N, p]` and class numbers `[N]`.
     """
-    means = np.random.RandomState(num_classes).standard_normal((num_classes, dim))
+    # Seeds of two numbers: other streams than those of projections, which would repeat the noise.
+    means = np.random.RandomState([num_classes, dim]).standard_normal((num_classes, dim))
     means *= separation / np.linalg.norm(means, axis=1, keepdims=True)
     variances = 1 + spread / np.sqrt(dim) * np.linspace(-1, 1, num_classes)
     labels = np.arange(num_examples) % num_classes
-    noise = np.random.RandomState(seed).standard_normal((num_examples, dim))
+    noise = np.random.RandomState([seed, 0]).standard_normal((num_examples, dim))
     return means[labels] + np.sqrt(variances[labels])[:, None] * noise, labels
 
 

@@ -16,6 +16,8 @@ from etfzoo import evaluation, files, machine, neural_collapse, step_tf, trainin
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import replace_head
 from etfzoo.config import TrainConfig
+from etfzoo.data.augment import Augmentation
+from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.interruption import leaving_when_a_worker_is_lost
@@ -140,6 +142,33 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID) -> dict:
     machine.write(workdir, time.monotonic() - start)
     files.write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def extract(model, source, split: str, batch_size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled features of the evaluation images of a split, at the model's own image size.
+
+    Args:
+        model: an ImageClassifier, with any head or none.
+        source: see `etfzoo.data.sources.resolve`.
+        split: split or role.
+        batch_size: images a step.
+
+    Returns:
+        features, float64 `[N, p]`, and class numbers `[N]`.
+
+    Raises:
+        EtfzooError: the model has no image size, or an image cannot be decoded.
+    """
+    height, width = model.spec.input_shape[:2]
+    if height is None or width is None:
+        raise EtfzooError("the model has no image size; load it with input_shape=(224, 224, 3)")
+    if batch_size < 1:
+        raise EtfzooError(f"the batch size must be at least 1; got {batch_size}")
+    pipeline = Pipeline(
+        source, height, width, model.spec.crop, batch_size, Augmentation("none", flip=False), 0
+    )
+    headless = model if model.spec.head is None else replace_head(model, None, None)
+    return _features(step_tf.inference(headless), pipeline, split)
 
 
 def _features(extract, pipeline, split):

@@ -153,36 +153,34 @@ def covariances(rows: Mapping[str, Mapping[str, Covariance]], title: str) -> Fig
     panels = [_panels(c.matrix) for c in every]
     top = max(np.abs(panel).max() for pair in panels for panel in pair)
     norm = SymLogNorm(linthresh=max(top, 1e-30) / 1e3, vmin=-top, vmax=top)
-    columns = 2 * max(len(models) for models in rows.values())
-    figure = Figure(figsize=(2.35 * columns + 0.9, 3.1 * len(rows) + 0.6), layout="constrained")
+    columns = max(len(models) for models in rows.values())
+    figure = Figure(figsize=(4.6 * columns + 0.8, 2.9 * len(rows) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    for line, (row, models) in zip(
-        figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
-    ):
-        for column, (part, (model, c)) in enumerate(
-            zip(
-                line.subfigures(1, len(models), squeeze=False)[0],
-                models.items(),
-                strict=True,
-            )
-        ):
+    left, right = figure.subfigures(1, 2, width_ratios=(4.6 * columns, 0.8))
+    lines = left.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for line, (row, models) in zip(lines, rows.items(), strict=True):
+        parts = line.subfigures(1, columns, squeeze=False)[0]
+        for part, (model, c) in zip(parts, models.items(), strict=False):
             part.suptitle(
                 f"{model}, {row}: tr(C°)/p = {c.trace:.3g}\n"
-                f"L2-normalised: {c.unit_trace:.2g}   tr $S_W$/tr $S_B$: {c.scatter_ratio:.3g}",
+                f"L2-normalised: {c.unit_trace:.3g}    tr $S_W$ / tr $S_B$: {c.scatter_ratio:.3g}",
                 fontsize=9,
             )
-            first, whole = part.subplots(1, 2)
-            detail, blocks = _panels(c.matrix)
             size = len(c.matrix)
-            image = first.imshow(detail, norm=norm, cmap="RdBu_r")
-            whole.imshow(blocks, norm=norm, cmap="RdBu_r", extent=(0, size, size, 0))
-            first.set_title(f"dimensions 1 to {len(detail)}", fontsize=8)
-            whole.set_title(f"all {size}, means of blocks", fontsize=8)
-            for axes in (first, whole):
+            extents = (None, (0, size, size, 0))
+            names = (f"dimensions 1 to {min(size, FIRST)}", f"all {size}, means of blocks")
+            for axes, panel, extent, name in zip(
+                part.subplots(1, 2), _panels(c.matrix), extents, names, strict=True
+            ):
+                image = axes.imshow(panel, norm=norm, cmap="RdBu_r", extent=extent)
+                axes.set_xlabel(name, fontsize=8)
                 axes.tick_params(labelsize=7)
-            if column == len(models) - 1:
-                bar = part.colorbar(image, ax=[first, whole], shrink=0.7)
-                bar.ax.tick_params(labelsize=7)
+                axes.xaxis.set_major_locator(plots.MaxNLocator(5))
+                axes.yaxis.set_major_locator(plots.MaxNLocator(5))
+    axes = right.subplots()
+    right.colorbar(image, cax=axes, label="entry of C° (logarithmic beyond the inner ticks)")
+    axes.set_box_aspect(12)
+    axes.tick_params(labelsize=7)
     return figure
 
 

@@ -4,8 +4,8 @@
   python recipes/figure3.py --models=runs/flowers_linear,runs/flowers_etf --names=linear,etf
 
 Each model is fine-tuned on the target first, as in the paper: the workdir of a full fine-tuning on
---dataset (finetune.py) is taken as it is; any other model is fine-tuned here, into <workdir>/finetuned,
-all with the same settings and candidates. The second row shows the frozen features of the models
+--dataset (finetune.py) is taken as it is; any other model is fine-tuned here, below <workdir>, all
+with the same settings and candidates. The second row shows the frozen features of the models
 that the fine-tuning started from. tr(C°)/p grows with the scale of the features, so that two
 measures without a scale are beside it. Writes figure3.png, .pdf, .csv and .npz.
 """

@@ -76,7 +76,7 @@ def projection(kind: str, num_features: int, dim: int, seed: int) -> np.ndarray:
         kind: `"gaussian"` (independent standard normal entries); `"haar"` (orthonormal columns
             times sqrt(n), or rows times sqrt(p) where n <= p); or `"etf"`: a simplex ETF times
             sqrt(p). No simplex has more than p+1 vectors: more features are independent simplices
-            of equal size, each of rank one less than its size.
+            of about equal size, each of rank one less than its size.
         num_features: n.
         dim: p.
         seed: of the draw.
@@ -85,7 +85,7 @@ def projection(kind: str, num_features: int, dim: int, seed: int) -> np.ndarray:
         float64 array `[n, p]`.
 
     Raises:
-        EtfzooError: unknown kind; n or p < 1; or a single ETF vector.
+        EtfzooError: unknown kind; n or p < 1; or an ETF of one vector, or in one dimension.
     """
     if num_features < 1 or dim < 1:
         raise EtfzooError(f"a projection needs n, p >= 1; got {num_features} and {dim}")
@@ -97,8 +97,8 @@ def projection(kind: str, num_features: int, dim: int, seed: int) -> np.ndarray:
                 return np.sqrt(dim) * frames.haar_frame(dim, num_features, seed).T
             return np.sqrt(num_features) * frames.haar_frame(num_features, dim, seed)
     if kind == "etf":
-        if num_features < 2:
-            raise EtfzooError("an ETF projection needs at least 2 features")
+        if num_features < 2 or dim < 2:
+            raise EtfzooError("an ETF projection needs at least 2 features in 2 dimensions")
         count = -(-num_features // (dim + 1))
         sizes = [len(part) for part in np.array_split(np.arange(num_features), count)]
         seeds = np.random.RandomState(seed).randint(2**31, size=count)
@@ -151,7 +151,9 @@ class RidgeRegression:
         # The decomposition of the smaller Gram matrix gives the right singular vectors V.
         tall = len(centred) >= centred.shape[1]
         gram = centred.T @ centred if tall else centred @ centred.T
-        values, vectors = linalg.eigh(gram / len(centred), driver="evd", overwrite_a=True)
+        # On one thread: OpenBLAS's is many times slower when its threads wait for busy cores.
+        with threadpool_limits(1, "blas"):
+            values, vectors = linalg.eigh(gram / len(centred), driver="evd", overwrite_a=True)
         kept = values > 1e-13 * max(np.square(features).sum() / len(features), 1e-300)
         if not kept.any():
             raise EtfzooError("all rows of the features are equal: nothing can be learned")
@@ -228,7 +230,8 @@ def regress(
     targets = np.eye(len(classes))[labels] - 1 / len(classes)
     test_labels = np.searchsorted(classes, test_labels)
     test_targets = np.eye(len(classes))[test_labels] - 1 / len(classes)
-    weights = projection(kind, num_features or inputs.shape[1], inputs.shape[1], seed)
+    dim = inputs.shape[1]
+    weights = projection(kind, dim if num_features is None else num_features, dim, seed)
     rows = []
     for activation in activations:
         fit = RidgeRegression(random_features(inputs, weights, activation), targets)

@@ -50,7 +50,8 @@ def main():
     train, test = (inputs[0], train[1]), (inputs[1], test[1])
     others = {n: f for n, f in random_features.ACTIVATIONS.items() if n != "linear"}
     activations = [*map(random_features.polynomial, a2), *others.values()]
-    num_features = FLAGS.num_features or inputs[0].shape[1]
+    dim = inputs[0].shape[1]
+    num_features = dim if FLAGS.num_features is None else FLAGS.num_features
 
     def draw(kind, seed):
         return random_features.regress(
@@ -70,7 +71,7 @@ def main():
     rest = {k: type(d)(*(x[:, cut:] for x in d)) for k, d in results.items()}
     shares = np.bincount(train[1]) / len(train[1])
     chance = np.mean(np.square(np.eye(len(shares))[test[1]] - shares))
-    title = f"{title}; p = {inputs[0].shape[1]}, {num_features} random features"
+    title = f"{title}; p = {dim}, {num_features} random features"
     figure = figures.regression_errors(
         a2, polynomials, rest, list(others), chance, FLAGS.regularization, title
     )

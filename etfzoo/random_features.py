@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg
+from scipy import linalg, optimize
 from threadpoolctl import threadpool_limits
 
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.layers import frames
 
 PROJECTIONS = ("gaussian", "haar", "etf")
-# Regularisations that are tried where one is picked.
-GRID = tuple(10.0**e for e in np.arange(-8, 2.01, 0.5))
+# Regularisations among which one is looked for.
+GRID = tuple(10.0**e for e in range(-8, 3))
 
 Activation = Callable[[np.ndarray], np.ndarray]
 
@@ -175,8 +175,23 @@ class RidgeRegression:
         return float(np.mean(np.square((self._targets - fitted) / left)))
 
     def pick(self, grid=GRID) -> float:
-        """The regularisation of the least leave-one-out error."""
-        return grid[int(np.argmin([self.leave_one_out_error(g) for g in grid]))]
+        """The regularisation of the least leave-one-out error.
+
+        Args:
+            grid: rising values; between the neighbours of the best one the search goes on, because
+                steps of the grid would show in a curve over activations.
+        """
+        best = int(np.argmin([self.leave_one_out_error(g) for g in grid]))
+        around = np.log(grid[max(best - 1, 0) : best + 2])
+        if len(around) == 1:
+            return grid[best]
+        found = optimize.minimize_scalar(
+            lambda log_gamma: self.leave_one_out_error(np.exp(log_gamma)),
+            bounds=(around[0], around[-1]),
+            method="bounded",
+            options={"xatol": 0.05},
+        )
+        return float(np.exp(found.x))
 
     def predict(self, features, regularization: float) -> np.ndarray:
         """Predictions `[M, K]` for features `[M, n]`."""
@@ -216,7 +231,7 @@ def regress(
         kind, seed: of the projection.
         num_features: n; None is p.
         regularization: the fixed gamma, see RidgeRegression.
-        grid: gammas of which the least leave-one-out error on `train` picks the validated one.
+        grid: where the validated gamma is looked for, see `RidgeRegression.pick`.
 
     Raises:
         EtfzooError: bad shapes, values or names; a test class that is not in `train`.

@@ -155,13 +155,17 @@ def test_ridge_is_scikit_learns(count, width, gamma):
     np.testing.assert_allclose(fit.leave_one_out_error(gamma), error, rtol=1e-8)
 
 
-def test_pick_is_scikit_learns_cross_validation():
+def test_pick_against_scikit_learns_cross_validation():
     inputs, labels = made(80, 30)
     targets, grid = np.eye(3)[labels], (1e-4, 1e-2, 0.1, 1.0, 10.0)
-    wanted = RidgeCV(alphas=[80 * g for g in grid]).fit(inputs, targets)
-    picked = rf.RidgeRegression(inputs, targets).pick(grid)
-    assert picked == pytest.approx(wanted.alpha_ / 80)
+    fit = rf.RidgeRegression(inputs, targets)
+    picked = fit.pick(grid)
+    fine = picked * np.geomspace(0.01, 100, 201)
+    wanted = RidgeCV(alphas=80 * fine).fit(inputs, targets).alpha_ / 80
+    np.testing.assert_allclose(picked, wanted, rtol=0.1)
     assert grid[0] < picked < grid[-1]
+    assert fit.pick((0.3,)) == 0.3
+    assert 1e-4 <= fit.pick((1e-4, 1e-3)) <= 1e-3  # not beyond the grid
 
 
 def test_ridge_with_repeated_and_constant_columns():

@@ -68,14 +68,18 @@ def regression_errors(
         dots.errorbar(mean, places, xerr=deviation, fmt="o", ms=4, capsize=3, color=colour)
     for style, label in (("-", "validated γ"), ("--", f"fixed γ = {regularization:g}")):
         handles.append(Line2D([], [], color="0.3", ls=style, label=label))
-    handles.append(Line2D([], [], color="0.6", ls=":", label="predicting class shares"))
+    handles.append(
+        Line2D([], [], color="0.6", ls=":", label=f"predicting class shares: {chance:.3g}")
+    )
     for axes in (error, accuracy):
         axes.axvline(0, color="0.8", lw=1, zorder=0)
         axes.set_xlabel("$a_2$ of σ(t) = $a_2 t^2 + t$")
         axes.xaxis.set_major_locator(plots.MaxNLocator(5))
         axes.grid(alpha=0.3)
+    # Where it lies far off, its number in the legend must do: the curves need the room.
+    low, high = error.get_ylim()
     error.axhline(chance, color="0.6", ls=":")
-    dots.axvline(chance, color="0.6", ls=":")
+    error.set_ylim(low, high)
     error.set_ylabel("test MSE (over examples and classes)")
     accuracy.set_ylabel("test top-1 (%)")
     dots.set_yticks(range(len(names)), names)

@@ -43,6 +43,7 @@ setup(
         "pillow",
         "requests",
         "scikit-learn",
+        "scipy",
         "tensorboard",
         "tensorflow-datasets>=4.9.10",
         "threadpoolctl",

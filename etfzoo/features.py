@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from etfzoo import files, step_tf, weights
 from etfzoo.classifier import is_head
+from etfzoo.data.augment import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.neural_collapse import NeuralCollapseStatistics
@@ -96,6 +97,35 @@ class Extractor:
                 np.save(file, labels)
             found = _read(path, labels_path)
         return found
+
+
+def extract(
+    model, source, split: str, batch_size: int = 128, cache=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled features of the evaluation images of a split, at the model's own image size.
+
+    Args:
+        model: an ImageClassifier, with any head or none.
+        source: see `etfzoo.data.sources.resolve`.
+        split: split or role.
+        batch_size: images a step.
+        cache: see `Extractor.load`.
+
+    Returns:
+        features, float64 `[N, p]`, and class numbers `[N]`.
+
+    Raises:
+        EtfzooError: the model has no image size, or an image cannot be decoded.
+    """
+    height, width = model.spec.input_shape[:2]
+    if height is None or width is None:
+        raise EtfzooError("the model has no image size; load it with input_shape=(224, 224, 3)")
+    if batch_size < 1:
+        raise EtfzooError(f"the batch size must be at least 1; got {batch_size}")
+    augmentation = Augmentation("none", flip=False)
+    pipeline = Pipeline(source, height, width, model.spec.crop, batch_size, augmentation, 0)
+    found = Extractor(model).load(pipeline, split, cache)
+    return np.asarray(found.features, np.float64), found.labels
 
 
 def in_temporary_file(batches, directory=None) -> Features:

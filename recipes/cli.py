@@ -172,6 +172,25 @@ def train_config(task, **known):
     return TrainConfig(**(defaults | values))
 
 
+def finetune_config(handle, learning_rates=(), weight_decays=()):
+    """The TrainConfig that the flags describe for fine-tuning a model.
+
+    Args:
+        handle: of the pretrained model; None where `--config` names it.
+        learning_rates, weight_decays: candidates, of which the first is the config's own.
+    """
+    known = {}
+    if handle:
+        open_strategy(FLAGS)  # loading computes
+        handle = os.path.abspath(handle) if os.path.exists(handle) else handle
+        spec = etfzoo.load(handle).spec
+        known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}
+        known |= {"mean": spec.mean, "std": spec.std}
+    known |= {"learning_rate": learning_rates[0]} if learning_rates else {}
+    known |= {"weight_decay": weight_decays[0]} if weight_decays else {}
+    return train_config("finetune", **known)
+
+
 def print_assumed(config, task):
     """Says which settings the protocol's source leaves open."""
     from etfzoo import protocols

@@ -22,18 +22,11 @@ def main():
 
     if not (FLAGS.model or FLAGS.config):
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    known = {}
-    if FLAGS.model:
-        cli.open_strategy(FLAGS)  # loading computes
-        handle = os.path.abspath(FLAGS.model) if os.path.exists(FLAGS.model) else FLAGS.model
-        spec = etfzoo.load(handle).spec
-        known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}
-        known |= {"mean": spec.mean, "std": spec.std}
-    rates = cli.parse_numbers("learning_rate") if FLAGS.learning_rate else []
-    decays = cli.parse_numbers("weight_decay") if FLAGS.weight_decay else []
-    known |= {"learning_rate": rates[0]} if rates else {}
-    known |= {"weight_decay": decays[0]} if decays else {}
-    config = cli.train_config("finetune", **known)
+    rates, decays = (
+        cli.parse_numbers(name) if FLAGS[name].value else []
+        for name in ("learning_rate", "weight_decay")
+    )
+    config = cli.finetune_config(FLAGS.model, rates, decays)
     name = os.path.basename(str(config.init).rstrip("/"))
     workdir = FLAGS.workdir or (
         f"runs/{name}/{config.dataset.replace(':', '_').replace('/', '_')}_{FLAGS.mode}"

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from etfzoo import files, neural_collapse, plots
+from etfzoo import files, plots
 from etfzoo.errors import EtfzooError
+from etfzoo.neural_collapse import NeuralCollapseStatistics
 from etfzoo.random_features import Draw
 
 # After etfzoo.plots, which picks the backend.
@@ -107,7 +108,7 @@ class Covariance(NamedTuple):
         matrix: C°, `[p, p]`: the mean of (x - class mean)(x - class mean)^T over all examples.
         trace: tr C° / p, which grows with the square of the features' scale.
         unit_trace: the same of features that were divided by their own norm.
-        scatter_ratio: tr S_W / tr S_B, see `etfzoo.neural_collapse.scatter_ratio`.
+        scatter_ratio: tr S_W / tr S_B (`nc1_ratio` of etfzoo.neural_collapse).
     """
 
     matrix: np.ndarray
@@ -120,20 +121,21 @@ class Covariance(NamedTuple):
         """Of features `[N, p]` and class numbers `[N]`.
 
         Raises:
-            EtfzooError: features that are not finite.
-            ValueError: fewer than two classes, or all class means equal.
+            EtfzooError: features that are not finite, fewer than two classes, or all class means
+                equal.
         """
         features = np.asarray(features, np.float64)
         if not np.isfinite(features).all():
             raise EtfzooError("features hold NaN or infinite numbers")
-        norms = np.linalg.norm(features, axis=1, keepdims=True)
-        matrix = _within(features, labels)
-        unit = _within(features / np.maximum(norms, 1e-300), labels)
+        classes, labels = np.unique(labels, return_inverse=True)
+        statistics = NeuralCollapseStatistics(len(classes), features.shape[1])
+        statistics.update(features, labels)
+        result = statistics.result()
         return cls(
-            matrix,
-            float(np.trace(matrix) / len(matrix)),
-            float(np.trace(unit) / len(unit)),
-            neural_collapse.scatter_ratio(features, labels),
+            _within(features, labels),
+            result["tr_c_over_p"],
+            result["tr_c_over_p_l2"],
+            result["nc1_ratio"],
         )
 
 

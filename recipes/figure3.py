@@ -84,6 +84,7 @@ def _finetuned(handle):
 
     workdir = Path(handle)
     if not (workdir / "config.json").exists():
+        etfzoo.info(handle)  # an unknown name fails here
         return None
     config = TrainConfig.load(workdir / "config.json")
     if config.init is None:
@@ -96,8 +97,8 @@ def _finetuned(handle):
     result = training.finished_result(workdir)
     if result is None:
         raise etfzoo.EtfzooError(f"{handle} is not finished: start its fine-tuning again")
-    if "C" in result:
-        raise etfzoo.EtfzooError(f"{handle} is a linear probe: its features are the frozen ones")
+    if {"C", "k"} & result.keys():
+        raise etfzoo.EtfzooError(f"{handle} is a probe or k-NN: its features are the frozen ones")
     return workdir
 
 

@@ -248,4 +248,4 @@ def test_figure3_refuses_probes_and_unfinished_runs(tmp_path):
     flags = (f"--models={tmp_path}", "--dataset=digits", f"--workdir={tmp_path / 'out'}")
     assert "is not finished" in run("figure3", *flags, code=2)
     Path(tmp_path / "result.json").write_text('{"top1": 0.5, "C": 0.1}')
-    assert "is a linear probe" in run("figure3", *flags, code=2)
+    assert "is a probe" in run("figure3", *flags, code=2)

@@ -11,8 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo import files, step_tf
-from etfzoo.data.augment import Augmentation
-from etfzoo.data.pipeline import Pipeline
+from etfzoo.data.pipeline import evaluation_pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress
 from etfzoo.strategy import check_batch_size, is_chief
@@ -65,12 +64,7 @@ def evaluate(
             f"the model has {model.spec.num_classes} classes, data set {source.name} has "
             f"{source.num_classes}; fine-tune it on this data set first"
         )
-    height, width = model.spec.input_shape[:2]
-    if height is None or width is None:
-        raise EtfzooError("the model has no image size; load it with input_shape=(224, 224, 3)")
-    pipeline = Pipeline(
-        source, height, width, model.spec.crop, batch_size, Augmentation("none", flip=False), 0
-    )
+    pipeline = evaluation_pipeline(model.spec, source, batch_size)
     strategy = strategy or tf.distribute.get_strategy()
     check_batch_size(batch_size, strategy)
     progress = Progress(

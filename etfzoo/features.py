@@ -13,8 +13,7 @@ import tensorflow as tf
 
 from etfzoo import files, step_tf, weights
 from etfzoo.classifier import is_head
-from etfzoo.data.augment import Augmentation
-from etfzoo.data.pipeline import Pipeline
+from etfzoo.data.pipeline import Pipeline, evaluation_pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.neural_collapse import NeuralCollapseStatistics
 from etfzoo.progress import Progress
@@ -117,13 +116,9 @@ def extract(
     Raises:
         EtfzooError: the model has no image size, or an image cannot be decoded.
     """
-    height, width = model.spec.input_shape[:2]
-    if height is None or width is None:
-        raise EtfzooError("the model has no image size; load it with input_shape=(224, 224, 3)")
     if batch_size < 1:
         raise EtfzooError(f"the batch size must be at least 1; got {batch_size}")
-    augmentation = Augmentation("none", flip=False)
-    pipeline = Pipeline(source, height, width, model.spec.crop, batch_size, augmentation, 0)
+    pipeline = evaluation_pipeline(model.spec, source, batch_size)
     found = Extractor(model).load(pipeline, split, cache)
     return np.asarray(found.features, np.float64), found.labels
 

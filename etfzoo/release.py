@@ -99,8 +99,8 @@ def release(
         files.write_text(readme, card.read(target))
         carded = True
         if index_path is not None:
-            address = f"{url.rstrip('/')}/{name}/{version}"
-            index.add(index_path, name, version, _row(target, licence), _entry(target, address))
+            entry = _entry(target, address(url, name, version))
+            index.add(index_path, name, version, _row(target, licence), entry)
     except BaseException:
         if target is not None:
             shutil.rmtree(target, ignore_errors=True)
@@ -114,6 +114,11 @@ def release(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def address(url: str, name: str, version) -> str:
+    """Where a version is found below the address of a models folder."""
+    return f"{url.rstrip('/')}/{name}/{version}"
 
 
 def check(model: ImageClassifier, folder, storage: str = "float32") -> None:

@@ -49,7 +49,7 @@ def save(model: ImageClassifier, folder, storage: str = "float32") -> None:
     if len(module.weights) != len(model.variables):
         raise EtfzooError("two variables of the model have the same path; give layers unique names")
     inference = _Inference(model.spec, stored)
-    module.served = inference.resources
+    module.served = inference.tracked
     module.__call__ = _callable(model, stored, inference)
     # The one line that TensorFlow logs here names the temporary folder.
     log = logging.getLogger("tensorflow")
@@ -157,7 +157,7 @@ class _Inference:
 
     Attributes:
         on_derived: computes on what was derived when the model was loaded.
-        resources: what has to be saved with the functions.
+        tracked: what has to be saved with the functions.
     """
 
     def __init__(self, spec, stored):
@@ -198,7 +198,7 @@ class _Inference:
             if path.rpartition("/")[0] in biased or stored[path].dtype != tf.float32
         ]
         self._derived = {path: _derived_variable(shapes[path]) for path in derived}
-        self.resources = [_Initializer(self._initialize), *self._derived.values()]
+        self.tracked = [_Initializer(self._initialize), *self._derived.values()]
 
         def run_on_derived(images):
             variables = stored | self._derived

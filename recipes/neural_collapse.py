@@ -19,8 +19,7 @@ def main():
     import etfzoo
     from etfzoo import features, files, report
     from etfzoo.data import sources
-    from etfzoo.data.augment import Augmentation
-    from etfzoo.data.pipeline import Pipeline
+    from etfzoo.data.pipeline import evaluation_pipeline
     from etfzoo.interruption import leaving_when_a_worker_is_lost
     from etfzoo.strategy import check_batch_size, chief_first, is_chief, wait_for_all
 
@@ -30,17 +29,11 @@ def main():
     check_batch_size(FLAGS.batch_size, strategy)
     with strategy.scope():
         model = etfzoo.load(FLAGS.model)
-    height, width = model.spec.input_shape[:2]
-    if height is None or width is None:
-        raise etfzoo.EtfzooError(f"{FLAGS.model} has no image size: its features have no one scale")
     extractor = features.Extractor(model, strategy)
 
     def load(name, split):
         source = chief_first(strategy, lambda: sources.resolve(name, FLAGS.data_dir))
-        pipeline = Pipeline(
-            source, height, width, model.spec.crop, FLAGS.batch_size,
-            Augmentation("none", flip=False), 0,
-        )  # fmt: skip
+        pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
         return extractor.load(pipeline, split, FLAGS.feature_cache or None), source.num_classes
 
     with leaving_when_a_worker_is_lost(strategy):

@@ -32,18 +32,15 @@ def main(arguments):
         raise etfzoo.EtfzooError(f"{FLAGS.model} has no classifier: it gives features only")
     if None in model.spec.input_shape:
         raise etfzoo.EtfzooError(f"{FLAGS.model} has no image size to bring the images to")
-    names = model.spec.class_names or [str(i) for i in range(model.spec.num_classes)]
     shown, count = [], 0
     with contextlib.ExitStack() as stack:
         table = None
         if FLAGS.output:
             file = stack.enter_context(files.atomic(FLAGS.output))
             table = csv.writer(codecs.getwriter("utf-8")(file))
-            ranks = range(1, min(TOP, len(names)) + 1)
+            ranks = range(1, min(TOP, model.spec.num_classes) + 1)
             table.writerow(["image", *(f"{what}{i}" for i in ranks for what in ("class", "score"))])
-        for path, probabilities in _predict(model, paths):
-            best = (-probabilities).argsort(kind="stable")[:TOP]
-            classes = [(names[i], float(probabilities[i])) for i in best]
+        for path, classes in _predict(model, paths):
             if table:
                 table.writerow([path, *(x for name, p in classes for x in (name, f"{p:.6f}"))])
             if not table or count < SHOWN:
@@ -56,9 +53,10 @@ def main(arguments):
 
 
 def _predict(model, paths):
-    """Yields `(path, probabilities [K])` of the readable images, in order, a batch at a time."""
+    """Yields `(path, [(label, score), ...])` of the readable images, in order."""
     import tensorflow as tf
 
+    import etfzoo
     from etfzoo.data.augment import evaluation_image
     from etfzoo.progress import Progress
 
@@ -74,10 +72,11 @@ def _predict(model, paths):
     expected = 0
     for numbers, batch in images.batch(FLAGS.batch_size).prefetch(1):
         probabilities = tf.nn.softmax(tf.cast(model.predict_on_batch(batch), tf.float32))
-        for number, row in zip(numbers.numpy(), probabilities.numpy(), strict=True):
+        found = etfzoo.decode_predictions(model, probabilities, TOP, from_logits=False)
+        for number, classes in zip(numbers.numpy(), found, strict=True):
             _unreadable(paths[expected:number])
             expected = number + 1
-            yield paths[number], row
+            yield paths[number], [(label, score) for _, label, score in classes]
         progress.update(int(expected))
     _unreadable(paths[expected:])
     progress.finish()

@@ -38,7 +38,7 @@ def main():
         f"bit\ncard: {folder.parent / 'README.md'}"
     )
     if FLAGS.index:
-        address = f"{FLAGS.url.rstrip('/')}/{FLAGS.name}/{folder.name}"
+        address = release.address(FLAGS.url, FLAGS.name, folder.name)
         pin = manifest.sha256(folder / manifest.NAME)
         print(f"index: {FLAGS.index}\naddress: {address}#sha256={pin}")
     print(f'next: python -c "import etfzoo; print(etfzoo.info({str(folder)!r}))"')

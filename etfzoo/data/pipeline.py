@@ -208,3 +208,21 @@ def _decodes(encoded) -> bool:
     except tf.errors.InvalidArgumentError:
         return False
     return True
+
+
+def evaluation_pipeline(spec, source: Source, batch_size: int) -> Pipeline:
+    """A pipeline that only evaluates, at the image size and with the crop of a model.
+
+    Args:
+        spec: the model's ClassifierSpec.
+        source: where the records come from.
+        batch_size: examples a batch, over all devices.
+
+    Raises:
+        EtfzooError: the model has no image size.
+    """
+    height, width, _ = spec.input_shape
+    if height is None or width is None:
+        raise EtfzooError("the model has no image size; load it with input_shape=(224, 224, 3)")
+    nothing_drawn = Augmentation("none", flip=False)
+    return Pipeline(source, height, width, spec.crop, batch_size, nothing_drawn, seed=0)

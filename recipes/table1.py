@@ -53,18 +53,22 @@ def main():
     if FLAGS.dry_run:
         _print_plan(settings, jobs)
         return
-    from etfzoo import sweep_report
-
     command = shlex.join(["python", "recipes/table1.py", *sys.argv[1:]])
     try:
         failures = sweep_run.run(settings, command, jobs, len(gpus))
     except Stopped:
-        sweep_report.write(settings.root)
+        _report(settings.root)
         raise
-    sweep_report.write(settings.root)
+    _report(settings.root)
     if failures:
         print("not finished:", *failures, sep="\n  ", file=sys.stderr)
         sys.exit(1)
+
+
+def _report(root):
+    from etfzoo import sweep_report
+
+    sweep_report.write(root)
 
 
 def _value(name):

@@ -101,7 +101,7 @@ def accuracy_by_method(title: str, ylabel: str, methods, points) -> Figure:
         methods: names along the horizontal axis.
         points: series (for instance a backbone) -> method -> accuracies, as shares of 1.
     """
-    figure = Figure(figsize=(3.2, 2.9))
+    figure = Figure(figsize=(3.3, 2.8), layout="constrained")
     axes = figure.subplots()
     drawn = []
     for number, (series, values) in enumerate(points.items()):
@@ -141,7 +141,7 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
         histories: method -> its runs, each a list of epochs with `epoch`, `train_loss` and, where
             evaluated, `top1`.
     """
-    figure = Figure(figsize=(3.8, 4.2))
+    figure = Figure(figsize=(3.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for number, (method, runs) in enumerate(histories.items()):
         style = {"color": _COLOURS[number % 5], "linestyle": _DASHES[number % 5]}
@@ -164,5 +164,4 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
     for axes in (above, below):
         axes.grid(alpha=0.3)
     above.legend(fontsize=8)
-    figure.align_ylabels()
     return figure

@@ -12,8 +12,9 @@ from etfzoo import files
 
 _STYLE = """
 :root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2, p, figcaption { overflow-wrap: anywhere; max-width: 60rem }
+h1 { font-size: clamp(1.4rem, 5vw, 2rem); line-height: 1.25 }
 figure { margin: 1rem 0 }
 figcaption { font-weight: 600; margin-bottom: 0.3rem }
 .scroll { overflow-x: auto }
@@ -23,15 +24,18 @@ th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid #8886; text-align: lef
 th, td { vertical-align: top; white-space: nowrap }
 th:first-child, td:first-child {
   position: sticky; left: 0; background: Canvas; white-space: normal; overflow-wrap: anywhere;
-  min-width: 5rem; max-width: 14rem; padding-left: 0
+  min-width: 9rem; max-width: 16rem; padding-left: 0
 }
-th[colspan] { border-left: 1px solid #8886; padding-left: 0.8rem }
+th[colspan]:not(:first-child) { border-left: 1px solid #8886 }
 td:not(:first-child) { font-variant-numeric: tabular-nums }
-details { font-size: 0.8rem }
+details, small { font-size: 0.8rem }
 summary { cursor: pointer }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 pre { overflow-x: auto; background: #8882; padding: 0.8rem }
-@media (max-width: 40rem) { th:first-child, td:first-child { max-width: 7rem } }
+@media (max-width: 40rem) {
+  th:first-child, td:first-child { min-width: 6.5rem; max-width: 6.5rem }
+  th, td { padding: 0.3rem 0.5rem }
+}
 """
 
 
@@ -45,17 +49,19 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A table cell with more behind it.
+    """A table cell of more than a value.
 
     Attributes:
         value: what is seen.
+        note: small print below it.
         summary: the line below that unfolds `details`.
         details: lines of str and Link.
     """
 
     value: str
-    summary: str
-    details: Sequence[Sequence]
+    note: str = ""
+    summary: str = ""
+    details: Sequence[Sequence] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +143,15 @@ def _captioned(caption, inner):
 
 
 def _image(figure, alt, density=None):
-    """A PNG; with a density (pixels of the picture for one of the page) of a fixed size."""
+    """A PNG; with a density (pixels of the picture for one of the page) of the figure's size."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=96 * density if density else 120, bbox_inches="tight")
-    content = buffer.getvalue()
-    # The width is in bytes 16 to 19 of every PNG.
-    width = f' width="{int.from_bytes(content[16:20]) // density}"' if density else ""
-    data = base64.b64encode(content).decode()
+    width = ""
+    if density:
+        figure.savefig(buffer, format="png", dpi=96 * density)
+        width = f' width="{96 * figure.get_figwidth():.0f}"'
+    else:
+        figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}"{width} src="data:image/png;base64,{data}">'
 
 
@@ -164,7 +172,11 @@ def _cell(cell) -> str:
     if isinstance(cell, Link):
         return f'<a href="{html.escape(cell.href)}">{html.escape(cell.text)}</a>'
     if isinstance(cell, Cell):
-        lines = "<br>".join(" ".join(map(_cell, line)) for line in cell.details)
-        unfolding = f"<summary>{html.escape(cell.summary)}</summary>{lines}"
-        return f"{html.escape(cell.value)}<details>{unfolding}</details>"
+        text = html.escape(cell.value)
+        if cell.note:
+            text += f"<br><small>{html.escape(cell.note)}</small>"
+        if cell.details:
+            lines = "<br>".join(" ".join(map(_cell, line)) for line in cell.details)
+            text += f"<details><summary>{html.escape(cell.summary)}</summary>{lines}</details>"
+        return text
     return html.escape(str(cell))

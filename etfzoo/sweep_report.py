@@ -63,7 +63,7 @@ def write(root) -> Path:
     plan, found = sweep_results.read_plan(root), rows(root)
     files.write_text(root / "table1.csv", sweep_tables.csv_text(found))
     files.write_text(root / "table1.md", sweep_tables.markdown(plan, found))
-    report.write(root / "report.html", sweep_tables.title(plan), _sections(root, plan, found))
+    report.write(root / "report.html", sweep_tables.headline(plan), _sections(root, plan, found))
     return root / "report.html"
 
 
@@ -72,7 +72,7 @@ def _sections(root, plan, found):
     machines = {r["workdir"]: machine.read(root / r["workdir"]) for r in found}
     sections = [("Results", sweep_tables.progress(plan, found))]
     sections += [(None, text) for text in sweep_tables.cautions(plan, found)]
-    sections += [(None, t) for t in sweep_tables.accuracies(plan, found, sweep_tables.with_links)]
+    sections += [(None, table) for table in sweep_tables.accuracy_tables(plan, found)]
     sections.append((None, "table1.csv and table1.md beside this file hold the same figures."))
     sections += _differences(plan, found)
     sections += _beside_the_paper(plan, found, configs)
@@ -93,66 +93,26 @@ def _heading(heading, blocks):
 
 
 def _differences(plan, found):
-    """Whether the methods differ by more than their seeds."""
-    first = "etf" if "etf" in plan["methods"] else plan["methods"][0]
-    others = [method for method in plan["methods"] if method != first]
+    first, *others = sweep_tables.compared(plan)
     if not others:
         return []
-    header = ["data", "metric", "backbone", "mode"]
-    table = [header + [f"{first} and {other}" for other in others]]
-    verdicts = []
-    for (dataset, mode), backbone in itertools.product(_blocks(plan), plan["backbones"]):
-        metric = sweep_results.headline(dataset)
-        seeds = {
-            method: [
-                row[metric]
-                for row in select(
-                    found, dataset=dataset, mode=mode, backbone=backbone, method=method
-                )
-            ]
-            for method in plan["methods"]
-        }
-        said = [_compare(first, seeds[first], other, seeds[other]) for other in others]
-        verdicts += said
-        table.append([label(found, dataset), METRICS[metric], backbone, MODES[mode], *said])
-    apart = [text for text in verdicts if " in all seeds" in text]
-    ahead = sum(text.startswith(f"{first} above") for text in apart)
-    compared = [text for text in verdicts if text != "-"]
+    table, verdicts = sweep_tables.differences(plan, found)
     count = len(plan["seeds"])
     if count == 1:
         text = "There is one seed: whether a difference exceeds that between seeds is unknown."
     else:
-        text = (
-            f"Of {len(compared)} comparisons, {first} is above the other method in all seeds in "
-            f"{ahead} and below it in {len(apart) - ahead}; in the other "
-            f"{len(compared) - len(apart)} the ranges overlap or there is too little. Two methods "
-            f"that do not differ have ranges apart in one of {math.comb(2 * count, count) / 2:g} "
-            f"comparisons of {count} seeds each. The choice of the test images is no part of these "
-            "ranges."
+        above, below = (
+            sum(v.startswith(f"{first} {word} ") for v in verdicts) for word in ("above", "below")
         )
-    caption = "Difference of the means in points, and whether the ranges of the seeds are apart"
-    return _heading(
-        "Do the methods differ by more than the seeds?", [text, report.Table(caption, table)]
-    )
-
-
-def _blocks(plan):
-    """Data sets with each of their modes."""
-    modes = [mode for mode in plan["modes"] if mode != "source"]
-    return [(plan["source"], "source"), *itertools.product(plan["targets"], modes)]
-
-
-def _compare(a, of_a, b, of_b):
-    if not of_a or not of_b:
-        return "-"
-    points = f"{100 * (np.mean(of_a) - np.mean(of_b)):+.1f}"
-    if len(of_a) == len(of_b) == 1:
-        return f"{points}, one seed"
-    if min(of_a) > max(of_b):
-        return f"{a} above {b} in all seeds ({points})"
-    if min(of_b) > max(of_a):
-        return f"{a} below {b} in all seeds ({points})"
-    return f"ranges overlap ({points})"
+        there = sum(v != "-" for v in verdicts)
+        text = (
+            f"Of {there} comparisons, {first} is above the other method in all seeds in {above} "
+            f"and below it in {below}; in the other {there - above - below} the ranges overlap. "
+            "Of two methods that do not differ, the ranges are apart by chance alone in one of "
+            f"{math.comb(2 * count, count) / 2:g} comparisons of {count} seeds each. That the test "
+            "images are a sample too is no part of these ranges."
+        )
+    return _heading("Do the methods differ by more than the seeds?", [text, table])
 
 
 def _beside_the_paper(plan, found, configs):
@@ -211,8 +171,8 @@ def _accuracy_plots(plan, found):
     blocks = []
     for dataset in sweep_tables.datasets(plan):
         pictures = []
-        metric = sweep_results.headline(dataset)
-        for mode in [mode for name, mode in _blocks(plan) if name == dataset]:
+        metric = sweep_results.headline_metric(dataset)
+        for mode in [mode for name, mode in sweep_tables.blocks(plan) if name == dataset]:
             cells = select(found, dataset=dataset, mode=mode)
             points = {}
             for row in cells:
@@ -241,18 +201,18 @@ def _curves(root, plan, found):
     blocks = []
     for backbone in plan["backbones"]:
         pictures = []
-        for dataset, mode in [block for block in _blocks(plan) if block[1] in TRAINED]:
+        for dataset, mode in [block for block in sweep_tables.blocks(plan) if block[1] in TRAINED]:
             runs = {}
             for row in select(found, backbone=backbone, dataset=dataset, mode=mode):
                 history = sweep_results.history(root, row)
                 runs.setdefault(row["method"], []).append(history)
             if runs:
                 figure = plots.training_curves(f"{label(found, dataset)}\n{MODES[mode]}", runs)
+                last = {m: [history[-1] for history in h] for m, h in runs.items()}
                 said = "; ".join(
-                    f"{method}: training loss {_mean(h[0]['train_loss'] for h in histories):.3g} "
-                    f"after the first epoch, {_mean(h[-1]['train_loss'] for h in histories):.3g} "
-                    "after the last"
-                    for method, histories in runs.items()
+                    f"{method} ends at training loss {np.mean([e['train_loss'] for e in ends]):.3g}"
+                    f" and test top-1 {sweep_results.spread(e['top1'] for e in ends)} %"
+                    for method, ends in last.items()
                 )
                 pictures.append((figure, f"{backbone}, {dataset}, {MODES[mode]}: {said}"))
         if pictures:
@@ -261,46 +221,16 @@ def _curves(root, plan, found):
     return _heading("Learning curves", blocks)
 
 
-def _mean(values):
-    return float(np.mean(list(values)))
-
-
 def _collapse(plan, found):
-    """Collapse measures of the source, of frozen features and of fine-tuned ones."""
-    measures = dict.fromkeys(
-        name.rpartition("/")[2] for row in found for name in row if name.startswith("nc/")
-    )
-    if not measures:
-        return []
-    features = {"source": "pretrained", "full": "fine-tuned", "linear_probe": "frozen"}
-    blocks = [
+    tables = sweep_tables.collapse(plan, found)
+    text = (
         "Means over seeds (least to most); lower is more collapsed. nc1_ratio is tr S_W / tr S_B; "
         "nc2_norms, nc2_angles and nc2_gram tell how far the class means are from a simplex, nc3 "
         "how far the classifier is from them, nc4 how often it disagrees with the nearest class "
         "mean. tr_c_over_p is the paper's tr(C°)/p, which grows with the square of the features' "
         "scale; nc1, nc1_ratio, cdnv and tr_c_over_p_l2 (of features of unit length) do not."
-    ]
-    for backbone in plan["backbones"]:
-        table = [["data", "features", "split", "method", *measures]]
-        for (dataset, mode), method in itertools.product(_blocks(plan), plan["methods"]):
-            cells = select(found, backbone=backbone, dataset=dataset, mode=mode, method=method)
-            names = [name for row in cells for name in row if name.startswith("nc/")]
-            for split in dict.fromkeys(name[3:].rpartition("/")[0] for name in names):
-                line = [label(found, dataset), features[mode], split, method]
-                for measure in measures:
-                    name = f"nc/{split}/{measure}"
-                    line.append(_figures([row[name] for row in cells if name in row]))
-                table.append(line)
-        if len(table) > 1:
-            blocks.append(report.Table(backbone, table))
-    return _heading("Neural collapse", blocks)
-
-
-def _figures(values):
-    if not values:
-        return "-"
-    mean = f"{_mean(values):.3g}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"
+    )
+    return _heading("Neural collapse", [text, *tables]) if tables else []
 
 
 def _learning_rates(root, plan, found):

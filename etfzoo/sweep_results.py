@@ -111,7 +111,7 @@ def select(rows, **values) -> list[dict]:
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
-def headline(dataset: str) -> str:
+def headline_metric(dataset: str) -> str:
     """The metric that a data set is scored by: `top1` or `mean_per_class`."""
     return DATASETS.get(dataset, Dataset("", 0)).metric
 

@@ -1,7 +1,6 @@
 """Tests of the HTML reports and of the figures."""
 
 import base64
-import html.parser
 import io
 import re
 
@@ -10,33 +9,7 @@ import pytest
 from PIL import Image
 
 from etfzoo import plots, report
-
-VOID = {"meta", "img", "br", "link"}
-
-
-class Page(html.parser.HTMLParser):
-    """A parsed page: tags with attributes, text by tag, and whether every tag is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self.open = [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if data.strip():
-            self.text.append((self.open[-1], data))
-
-    def texts(self, tag):
-        return [text for owner, text in self.text if owner == tag]
+from testing import Page
 
 
 def figure():

@@ -61,7 +61,7 @@ def pick(
         workdir: directory of the run.
         learning_rates, weight_decays: candidates; one or none is taken as it is.
         widen: whether learning rates are added, `EXTENSIONS` at most, while the best lies at the
-            edge of their grid; their rows in `selection.json` have `widening` true.
+            edge of their grid; their rows in `selection.json` have `widened` true.
         epochs: of each candidate, its warm-up and steps in proportion; None is the run's.
 
     Returns:
@@ -102,7 +102,7 @@ def pick(
     print(f"picked learning rate {best.learning_rate:g}, weight decay {best.weight_decay:g}")
     rows = [
         {"learning_rate": c.learning_rate, "weight_decay": c.weight_decay, metric: score}
-        | ({"widening": c.learning_rate not in rates[:given]} if widen else {})
+        | ({"widened": c.learning_rate not in rates[:given]} if widen else {})
         for c, score in zip(candidates, scores, strict=True)
     ]
     if is_chief(strategy):

@@ -277,7 +277,7 @@ def state(cell: Cell) -> str:
 def _other_search(cell):
     path = cell.workdir / search.SELECTION
     rows = files.read_json(path) if path.exists() else []
-    tried = sorted({row["learning_rate"] for row in rows if not row.get("widening")})
+    tried = sorted({row["learning_rate"] for row in rows if not row.get("widened")})
     if tried == sorted(cell.rates):
         return []
     return [f"learning rates {_text(tried) or 'not searched'} there, {_text(cell.rates)} here"]

@@ -41,7 +41,7 @@ def main():
     import tensorflow as tf
 
     import etfzoo
-    from etfzoo import sweep_run
+    from etfzoo import sweep_report, sweep_run
     from etfzoo.interruption import Stopped
 
     settings = _settings()
@@ -57,18 +57,12 @@ def main():
     try:
         failures = sweep_run.run(settings, command, jobs, len(gpus))
     except Stopped:
-        _report(settings.root)
+        sweep_report.write(settings.root)
         raise
-    _report(settings.root)
+    print(f"report: {sweep_report.write(settings.root)}", flush=True)
     if failures:
         print("not finished:", *failures, sep="\n  ", file=sys.stderr)
         sys.exit(1)
-
-
-def _report(root):
-    from etfzoo import sweep_report
-
-    sweep_report.write(root)
 
 
 def _value(name):

@@ -101,7 +101,7 @@ def test_finetuning_widens_the_grid_of_rates_until_the_best_lies_inside(pretrain
     rows = json.loads((tmp_path / search.SELECTION).read_text())
     tried = [row["learning_rate"] for row in rows]
     assert tried[:3] == [1e-7, 1e-5, 1e-3]  # too low a rate learns nothing in one epoch
-    assert [row["widening"] for row in rows] == [rate not in rates for rate in tried]
+    assert [row["widened"] for row in rows] == [rate not in rates for rate in tried]
     assert len(tried) <= len(rates) + search.EXTENSIONS
     best = max(rows, key=lambda row: row["top1"])["learning_rate"]
     assert TrainConfig.load(tmp_path / "config.json").learning_rate == best

@@ -11,6 +11,7 @@ under the same settings and with the same search. Each cell is a workdir and a p
 stop it at any moment, and the same command goes on. --quick takes about QUICK_MINUTES.
 """
 
+import os
 import shlex
 import sys
 
@@ -73,21 +74,25 @@ def _value(name):
 
 def _settings():
     import etfzoo
-    from etfzoo import sweep
+    from etfzoo import files, sweep
 
     try:
         seeds = tuple(int(seed) for seed in _value("seeds"))
     except ValueError as error:
         raise etfzoo.EtfzooError(f"--seeds takes whole numbers: {error}") from error
+    root = FLAGS.workdir or ("runs/table1_quick" if FLAGS.quick else "runs/table1")
+    given = {name: _value(name) for name in SETTINGS}
+    if FLAGS.quick and not FLAGS.data_dir:
+        given["data_dir"] = str(files.make_directory(os.path.join(root, "data")))
     rates = {
         f"{name}s": tuple(cli.parse_numbers(name)) if FLAGS[name].value else ()
         for name in ("learning_rate", "source_learning_rate")
     }
     return sweep.Sweep(
-        root=FLAGS.workdir or ("runs/table1_quick" if FLAGS.quick else "runs/table1"),
+        root=root,
         seeds=seeds,
         **{name: tuple(_value(name)) for name in ("backbones", "methods", "targets", "modes")},
-        **{name: _value(name) for name in SETTINGS},
+        **given,
         **rates,
     )
 

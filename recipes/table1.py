@@ -83,7 +83,9 @@ def _settings():
     root = FLAGS.workdir or ("runs/table1_quick" if FLAGS.quick else "runs/table1")
     given = {name: _value(name) for name in SETTINGS}
     if FLAGS.quick and not FLAGS.data_dir:
-        given["data_dir"] = str(files.make_directory(os.path.join(root, "data")))
+        given["data_dir"] = os.path.join(root, "data")
+        if not FLAGS.dry_run:
+            files.make_directory(given["data_dir"])
     rates = {
         f"{name}s": tuple(cli.parse_numbers(name)) if FLAGS[name].value else ()
         for name in ("learning_rate", "source_learning_rate")

@@ -93,6 +93,7 @@ def copy(settings, root):
     return dataclasses.replace(settings, root=str(root))
 
 
+@pytest.mark.slow
 def test_finetuning_widens_the_grid_of_rates_until_the_best_lies_inside(pretrained, tmp_path):
     full = sweep.cells(pretrained)[1].config
     assert full.init.endswith("source/rn18_etf_s0")
@@ -236,18 +237,17 @@ def test_gflop_are_those_of_the_networks_convolutions(name, size):
 @pytest.mark.parametrize("protocol", ["paper_lowres", "standard"])
 def test_the_plan_of_imagenet_needs_no_data(protocol, tmp_path):
     root = tmp_path / "none"
-    flags = [f"--protocol={protocol}", f"--workdir={root}", "--images_per_second=1000"]
+    flags = [f"--protocol={protocol}", f"--workdir={root}", "--images_per_second=100"]
     out, err = finish(table1("--dry_run", *flags))
     assert not err and not root.exists()
     assert "132 cells: 132 to do" in out and "no measurement" not in out
     for name in (*sweep.TARGETS, "imagenet2012"):
         assert f"--dataset={name} " in out
-    steps = 1_281_167 // (128 if protocol == "paper_lowres" else 256)
-    epochs = 180 if protocol == "paper_lowres" else 90
+    epochs, batch = (180, 128) if protocol == "paper_lowres" else (90, 256)
+    steps = 1_281_167 // batch
     assert f"source/rn50_etf_s0: to do, {steps * epochs:,} steps" in out
-    # Training alone, at the given speed, is a lower bound of what is said.
-    days = 1_281_167 * epochs / 1000 / 86400
-    assert f"about {int(days)} d" in out.splitlines()[0]
+    passes = steps * batch * epochs + (epochs * 50_000 + 1_281_167 + 50_000) / 3
+    assert f"about {sweep_run.clock(passes / 100)}" in out.splitlines()[0]
 
 
 # The cells.
@@ -270,6 +270,7 @@ def test_two_sweeps_in_one_directory(pretrained, tmp_path):
             sweep_run.run(settings, "")
 
 
+@pytest.mark.slow
 def test_a_failing_cell_loses_no_other(pretrained, tmp_path, capsys):
     settings = copy(pretrained, tmp_path / "root")
     broken = dataclasses.replace(

@@ -167,7 +167,9 @@ class _Runner:
             elif free and not any(need in busy for need in cell.needs):
                 self.waiting.remove(cell)
                 busy.add(cell)
+                begun = _begun(cell)
                 self.running.append(self._launch(cell, free.pop(0)))
+                self._say(f"{cell.name}: {'goes on' if begun else 'starts'}")
 
     def _launch(self, cell, slot):
         log = self.root / "logs" / (cell.name.replace("/", "_") + ".log")
@@ -187,7 +189,6 @@ class _Runner:
                 start_new_session=True,  # Ctrl-C arrives here alone, and is handed on once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        self._say(f"{cell.name}: {'goes on' if _begun(cell) else 'starts'}")
         return _Running(cell, slot, process, log, offset, time.monotonic(), gflop)
 
     def _collect(self):

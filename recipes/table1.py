@@ -1,6 +1,6 @@
 """Table 1: backbones x methods x targets x seeds from one command, as tables and a report.
 
-  python recipes/table1.py --quick                   # embedded data, minutes on two cores
+  python recipes/table1.py --quick                   # small embedded data, without any download
   python recipes/table1.py --dry_run                 # the plan: cells, steps, time, commands
   python recipes/table1.py --source=imagenet2012 --data_dir=DIR --workdir=runs/table1
   python recipes/table1.py --source=tiny_imagenet --targets=oxford_flowers102,cifar10 \\
@@ -8,7 +8,7 @@
 
 Methods: a trainable classifier (linear), one with Switchable Whitening (sw), a fixed ETF (etf), all
 under the same settings and with the same search. Each cell is a workdir and a process of its own;
-stop it at any moment, and the same command goes on. --quick takes about QUICK_MINUTES.
+stop it at any moment, and the same command goes on.
 """
 
 import os

@@ -33,7 +33,7 @@ summary { cursor: pointer }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 pre { overflow-x: auto; background: #8882; padding: 0.8rem }
 @media (max-width: 40rem) {
-  th:first-child, td:first-child { min-width: 6.5rem; max-width: 6.5rem }
+  th:first-child, td:first-child { min-width: 7.5rem; max-width: 7.5rem }
   th, td { padding: 0.3rem 0.5rem }
 }
 """

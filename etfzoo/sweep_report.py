@@ -3,6 +3,7 @@
 import itertools
 import math
 import platform
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
@@ -104,10 +105,10 @@ def _differences(plan, found):
         above, below = (
             sum(v.startswith(f"{first} {word} ") for v in verdicts) for word in ("above", "below")
         )
-        there = sum(v != "-" for v in verdicts)
+        overlap = sum(v.startswith("ranges overlap") for v in verdicts)
         text = (
-            f"Of {there} comparisons, {first} is above the other method in all seeds in {above} "
-            f"and below it in {below}; in the other {there - above - below} the ranges overlap. "
+            f"Of {above + below + overlap} comparisons, {first} is above the other method in all "
+            f"seeds in {above} and below it in {below}; in {overlap} the ranges overlap. "
             "Of two methods that do not differ, the ranges are apart by chance alone in one of "
             f"{math.comb(2 * count, count) / 2:g} comparisons of {count} seeds each. That the test "
             "images are a sample too is no part of these ranges."
@@ -147,11 +148,11 @@ def _beside_the_paper(plan, found, configs):
 def _why_not_compared(plan, found, configs):
     """None where the sweep is the paper's: source, protocol, and its settings unchanged."""
     if plan["source"] != "imagenet2012":
-        return f"it pretrains on ImageNet (imagenet2012), this sweep on {plan['source']}"
+        return f"the paper pretrains on ImageNet (imagenet2012), this sweep on {plan['source']}"
     if plan["protocol"] not in ("paper", "paper_lowres"):
-        return f"it has the protocol paper or paper_lowres, this sweep {plan['protocol']}"
+        return f"that needs the protocol paper or paper_lowres, this sweep has {plan['protocol']}"
     if not set(plan["backbones"]) & set(PAPER_BACKBONES):
-        return f"it has no {' or '.join(plan['backbones'])}"
+        return f"the paper has no {' or '.join(plan['backbones'])}"
     for row in found:
         if row["mode"] not in TRAINED:
             continue
@@ -163,7 +164,7 @@ def _why_not_compared(plan, found, configs):
             if config.get(name) != value and not (task == "finetune" and name in _PICKED):
                 return f"{row['workdir']} has {name} {config.get(name)}, the protocol has {value}"
     if not any(row["dataset"] in PAPER and row["mode"] in TRAINED for row in found):
-        return "no cell of it is finished"
+        return "no cell with a figure there is finished"
     return None
 
 
@@ -207,7 +208,8 @@ def _curves(root, plan, found):
                 history = sweep_results.history(root, row)
                 runs.setdefault(row["method"], []).append(history)
             if runs:
-                figure = plots.training_curves(f"{label(found, dataset)}\n{MODES[mode]}", runs)
+                name = textwrap.fill(label(found, dataset), 42)  # as wide as the picture
+                figure = plots.training_curves(f"{name}\n{MODES[mode]}", runs)
                 last = {m: [history[-1] for history in h] for m, h in runs.items()}
                 said = "; ".join(
                     f"{method} ends at training loss {np.mean([e['train_loss'] for e in ends]):.3g}"
@@ -250,7 +252,7 @@ def _learning_rates(root, plan, found):
         rates = [rate for rate, _ in scores]
         edge = "yes" if len(set(rates)) > 1 and picked[0] in (min(rates), max(rates)) else "no"
         line = [label(found, row["dataset"]), MODES[row["mode"]], row["backbone"], row["method"]]
-        line += [row["seed"], f"{picked[0]:g}", edge if candidates else "given, not searched"]
+        line += [row["seed"], f"{picked[0]:g}", edge if candidates else "not searched here"]
         table.append(line + [scores.get(key, "-") for key in keys])
     text = (
         "Scores (%) of the candidates on the selection split, by the headline metric of the data "

@@ -57,6 +57,30 @@ def test_page_is_self_contained(page):
     assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
+def test_blocks_of_a_report(tmp_path):
+    links = report.Cell("61", "60 to 62", "2 seeds", [("seed 0:", report.Link("a&b", 'x"/y.json'))])
+    rows = [["name", "one", "two"], [report.Link("<i>", "z"), links, report.Cell("5")]]
+    sections = [
+        ("Head", report.Table("Cap <1>", rows, [("", 1), ("group & co", 2)])),
+        (None, report.Gallery("Pictures", [(figure(), "alt <1>"), (figure(), "alt 2")])),
+        (None, "text"),
+    ]
+    report.write(tmp_path / "a.html", "t", sections)
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert page.open == [] and page.texts("h2") == ["Head"] and page.texts("p") == ["text"]
+    assert page.texts("figcaption") == ["Cap <1>", "Pictures"]
+    assert page.texts("th") == ["group & co", "name", "one", "two"]
+    assert [a["colspan"] for t, a in page.tags if t == "th" and "colspan" in a] == ["1", "2"]
+    assert page.texts("td") == ["61", "5"] and page.texts("small") == ["60 to 62"]
+    assert page.texts("summary") == ["2 seeds"] and page.texts("a") == ["<i>", "a&b"]
+    assert [a["href"] for t, a in page.tags if t == "a"] == ["z", 'x"/y.json']
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert [image["alt"] for image in images] == ["alt <1>", "alt 2"]
+    content = base64.b64decode(images[0]["src"].split(",")[1], validate=True)
+    assert abs(Image.open(io.BytesIO(content)).width - 2 * int(images[0]["width"])) <= 1
+    assert ("div", "region") in [(tag, attrs.get("role")) for tag, attrs in page.tags]
+
+
 def test_text_table():
     rows = [["name", "top-1"], ["a longer name", 1.5], ["b", "100.25"]]
     assert [line.rstrip() for line in report.text_table(rows).splitlines()] == [

@@ -45,7 +45,7 @@ def _write_settings(settings, command):
     files.remove_temporaries(root)
     document = dataclasses.asdict(settings)
     del document["root"]
-    document |= {"command": command, "etfzoo": __version__}
+    document |= {"command": command, "version": __version__}
     files.write_text(root / "sweep.json", json.dumps(document, indent=2) + "\n")
 
 

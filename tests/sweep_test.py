@@ -101,10 +101,14 @@ def test_finetuning_widens_the_grid_of_rates_until_the_best_lies_inside(pretrain
     transfer.finetune(full, tmp_path, rates, widen=True)
     rows = json.loads((tmp_path / search.SELECTION).read_text())
     tried = [row["learning_rate"] for row in rows]
-    assert tried[:3] == [1e-7, 1e-5, 1e-3]  # too low a rate learns nothing in one epoch
+    scores = [row["top1"] for row in rows]
+    assert tuple(tried[:2]) == rates
+    for count in range(2, len(tried)):  # each further one follows from those before it
+        assert tried[count] == search.beyond(tried[:count], scores[:count])
+    assert len(tried) > 2  # two rates leave the best at an edge
     assert [row["widened"] for row in rows] == [rate not in rates for rate in tried]
     assert len(tried) <= len(rates) + search.EXTENSIONS
-    best = max(rows, key=lambda row: row["top1"])["learning_rate"]
+    best = tried[scores.index(max(scores))]
     assert TrainConfig.load(tmp_path / "config.json").learning_rate == best
     # Stopped and called again, no candidate is trained again, and the same ones are tried.
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("select/*/result.json")}

@@ -288,10 +288,13 @@ def _other_search(cell):
 
 @functools.cache
 def examples(dataset: str, role: str, data_dir: str | None = None) -> int:
-    """Number of examples of a role; for rows of `DATASETS` without looking at any file."""
+    """Number of examples of a role: those that are there, else those that the row states."""
     row = DATASETS.get(dataset)
-    if row is None:
-        return resolve(dataset, data_dir).size(role)
+    try:
+        return resolve(dataset, data_dir, prepare=False).size(role)
+    except EtfzooError:
+        if row is None:
+            raise
     total = 0
     for part in getattr(row, role).split("+"):
         name, start, stop = re.fullmatch(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", part).groups()

@@ -61,7 +61,7 @@ class Source:
         raise NotImplementedError
 
 
-def resolve(name: str, data_dir: str | None = None) -> Source:
+def resolve(name: str, data_dir: str | None = None, prepare: bool = True) -> Source:
     """Finds a data set by name.
 
     Args:
@@ -69,6 +69,7 @@ def resolve(name: str, data_dir: str | None = None) -> Source:
             TFDS data set under `data_dir`, a path to one, or `folder:PATH`: one subfolder of
             images a class, optionally below `train`, `val` and `test`.
         data_dir: TFDS data directory; None is TFDS's own default.
+        prepare: whether a data set that is not there is downloaded and prepared, where TFDS can.
 
     Raises:
         EtfzooError: not found, not prepared, empty, or not an image classification data set.
@@ -77,7 +78,7 @@ def resolve(name: str, data_dir: str | None = None) -> Source:
         from etfzoo.data import folders
 
         return folders.open_folder(name)
-    return _tfds_source(name, data_dir)
+    return _tfds_source(name, data_dir, prepare)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,18 +168,18 @@ def ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.da
     )
 
 
-def _tfds_source(name: str, data_dir: str | None) -> Source:
+def _tfds_source(name: str, data_dir: str | None, prepare: bool) -> Source:
     # Importing TFDS costs a second; folders do without.
     import tensorflow_datasets as tfds
 
     if data_dir is not None and not os.path.isdir(data_dir):
         raise EtfzooError(f"data directory {data_dir} does not exist; check --data_dir")
     row = DATASETS.get(name)
-    if name in EMBEDDED:
+    if name in EMBEDDED and prepare:
         from etfzoo.data import shapes
 
         shapes.prepare(data_dir, [name])
-    builder = _tfds_builder(tfds, name, row, data_dir)
+    builder = _tfds_builder(tfds, name, row, data_dir, prepare)
     image_key, label_key = _feature_keys(tfds, name, builder)
     label = builder.info.features[label_key]
     names = tuple(label.names) if label.num_classes == len(label.names or ()) else ()
@@ -194,7 +195,7 @@ def _tfds_source(name: str, data_dir: str | None) -> Source:
     )
 
 
-def _tfds_builder(tfds, name, row, data_dir):
+def _tfds_builder(tfds, name, row, data_dir, prepare):
     folder = None if row else _prepared_folder(Path(data_dir or ".") / name)
     try:
         if folder is not None:
@@ -210,6 +211,8 @@ def _tfds_builder(tfds, name, row, data_dir):
     where = f"under {builder.data_dir}"
     if row is not None and row.manual:
         raise EtfzooError(f"data set {name} is not prepared {where}. {row.manual}")
+    if not prepare:
+        raise EtfzooError(f"data set {name} is not prepared {where}")
     log.info("downloading and preparing %s %s", name, where)
     try:
         builder.download_and_prepare()

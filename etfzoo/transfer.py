@@ -72,8 +72,9 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=No
     Args:
         config: the run: model, data, image size and crop count.
         workdir: directory of the run.
-        grid: inverse regularisation strengths C that are tried; while the best lies at the edge,
-            up to `etfzoo.search.EXTENSIONS` further ones are added on that side.
+        grid: inverse regularisation strengths C that are tried, from the smallest on, until two
+            in a row are worse than the best; while the best lies at the edge of those tried, up
+            to `etfzoo.search.EXTENSIONS` further ones are added on that side.
         feature_cache: see `etfzoo.features.Extractor.load`.
 
     Returns:
@@ -182,11 +183,18 @@ class _Frozen:
 
 
 def _pick_strength(fit, select, grid, metric, num_classes):
-    """The inverse regularisation that scores best on `select`, of equal ones the first tried."""
-    strengths, scores = list(grid), []
+    """The inverse regularisation that scores best on `select`, of equal ones the first tried.
+
+    From the smallest on, until two in a row score below the best: the largest take longest by far.
+    """
+    strengths, scores = [], []
 
     def tried():
-        yield from grid
+        for strength in sorted(grid):
+            if len(scores) > 2 and max(scores[-2:]) < max(scores):
+                return
+            strengths.append(strength)
+            yield strength
         for _ in range(search.EXTENSIONS):  # asked for only when all before are scored
             further = search.beyond(strengths, scores)
             if further is None:

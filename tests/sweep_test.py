@@ -124,7 +124,7 @@ def test_finetuning_widens_the_grid_of_rates_until_the_best_lies_inside(pretrain
     assert all(row.keys() == {"learning_rate", "weight_decay", "top1"} for row in narrow)
 
 
-def test_the_probe_widens_its_grid_of_strengths(caplog, capsys):
+def test_the_probe_widens_its_grid_of_strengths(caplog, capsys, monkeypatch):
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(4, 20))
 
@@ -134,8 +134,10 @@ def test_the_probe_widens_its_grid_of_strengths(caplog, capsys):
 
     fit, select = draw(60, 1.5), draw(2000, 1.5)
 
+    fits = transfer._fit
+
     def score(strength):
-        ((kernel, bias),) = transfer._fit(fit, (strength,), 4)
+        ((kernel, bias),) = fits(fit, (strength,), 4)
         return np.mean((select.features @ kernel + bias).argmax(1) == select.labels)
 
     # Far too weak a regularisation: it goes down, step by step, as far as it may.
@@ -144,6 +146,16 @@ def test_the_probe_widens_its_grid_of_strengths(caplog, capsys):
     assert picked in tried[:3] and "trying 10 too" in capsys.readouterr().out
     assert score(picked) >= max(score(c) for c in (1e2, 1e3))
     assert ("as far as it was widened" in caplog.text) == (picked == 1e-1)
+    # After two that are worse than the best, the largest are not fitted any more.
+    fitted = []
+
+    def counting(found, strengths, classes):
+        return fits(found, (fitted.append(s) or s for s in strengths), classes)
+
+    monkeypatch.setattr(transfer, "_fit", counting)
+    grid = [10.0**e for e in range(-4, 6)]
+    picked = transfer._pick_strength(fit, select, grid, "top1", 4)
+    assert fitted == grid[: grid.index(picked) + 3] and score(picked) == max(map(score, grid))
     # One value is no grid.
     assert transfer._pick_strength(fit, select, (1e2,), "top1", 4) == 1e2
     assert "trying" not in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """From a source's records to batches of uint8 images.
 
-What an image looks like is a function of (seed, epoch, example), with mixing of its neighbour in the
-epoch's order too: resuming at a step shows exactly what the uninterrupted run would have shown.
+What an image looks like is a function of (seed, epoch, example), with mixing also of its neighbour
+in the epoch's order: resuming at a step shows exactly what the uninterrupted run would have shown.
 Records that were seen already are skipped encoded.
 """
 

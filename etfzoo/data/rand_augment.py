@@ -3,7 +3,8 @@
 Cubuk et al., "RandAugment: practical automated data augmentation with a reduced search space",
 2020: some of 14 operations, picked evenly and one after the other, all at one magnitude. The
 operations do to a pixel what Pillow's do, which the authors' AutoAugment was written with. As in
-timm and torchvision, and unlike the authors' code, each of them grows with the magnitude.
+timm and torchvision, and unlike the authors' code, each of them grows with the magnitude. (timm
+also leaves out each drawn operation half of the time, and can draw the magnitude: not here.)
 """
 
 import math
@@ -175,6 +176,6 @@ def _grey(image):
 
 
 def _enhance(degenerate, image, factor):
-    """Between the degenerate image (factor 0) and the image (1), or beyond; cut off, not rounded."""
+    """Between the degenerate image (factor 0) and the image (1), or beyond; rounded down."""
     blended = degenerate + factor * (image - degenerate)
     return tf.floor(tf.clip_by_value(blended, 0.0, 255.0))

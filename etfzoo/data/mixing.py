@@ -50,8 +50,8 @@ class Mixing:
 
         Returns:
             `share`: float32, the example's share of its target; `blend`: float32, its share of
-            the pixels outside the window, 1 for cutmix; `window`: int32 `[4]`, top, left, bottom
-            and right of the neighbour's pixels, empty for mixup.
+            each pixel, 1 for cutmix; `window`: int32 `[4]`, top, left, bottom and right of the
+            neighbour's pixels, empty for mixup.
         """
         keys = tf.unstack(tf.random.split(tf.random.fold_in(key, _MIXING), 4))
         if self.mixup:
@@ -80,19 +80,27 @@ def mix_pair(images, labels, draws, num_classes: int) -> tuple[tf.Tensor, tf.Ten
     Returns:
         mixed images uint8 `[2, H, W, 3]` and targets float32 `[2, K]`, whose rows sum to 1.
     """
-    height, width = images.shape[1:3]
-    top, left, bottom, right = tf.unstack(draws["window"][:, :, None], axis=1)
-    rows, columns = tf.range(height), tf.range(width)
-    inside = ((top <= rows) & (rows < bottom))[:, :, None]
-    inside &= ((left <= columns) & (columns < right))[:, None, :]
-    blend = tf.where(inside, 0.0, draws["blend"][:, None, None])[..., None]
-    images = tf.round(_blend(tf.cast(images, tf.float32), blend))
-    targets = _blend(tf.one_hot(labels, num_classes), draws["share"][:, None])
-    return tf.cast(images, tf.uint8), targets
+    mixed = [
+        _mix(images[i], images[1 - i], draws["blend"][i], draws["window"][i]) for i in range(2)
+    ]
+    share, one_hot = draws["share"][:, None], tf.one_hot(labels, num_classes)
+    return tf.stack(mixed), share * one_hot + (1 - share) * tf.reverse(one_hot, [0])
 
 
-def _blend(pair, share):
-    return share * pair + (1 - share) * tf.reverse(pair, [0])
+def _mix(image, neighbour, blend, window):
+    """An image `[H, W, 3]` blended with its neighbour, or (blend 1) with its pixels in a window."""
+
+    def blended():
+        one, other = tf.cast(image, tf.float32), tf.cast(neighbour, tf.float32)
+        return tf.cast(tf.round(blend * one + (1 - blend) * other), tf.uint8)
+
+    def patched():
+        top, left, bottom, right = tf.unstack(window)
+        rows, patch = image[top:bottom], neighbour[top:bottom, left:right]
+        rows = tf.concat([rows[:, :left], patch, rows[:, right:]], axis=1)
+        return tf.concat([image[:top], rows, image[bottom:]], axis=0)
+
+    return tf.ensure_shape(tf.cond(blend < 1, blended, patched), image.shape)
 
 
 def _beta(key, alpha):

@@ -73,27 +73,32 @@ def operations(magnitude: float) -> dict:
 
 def autocontrast(image):
     """Stretches each channel so that its darkest pixel becomes 0 and its brightest 255."""
-    pixels = tf.cast(image, tf.float64)
-    low = tf.reduce_min(pixels, [0, 1])
-    span = tf.reduce_max(pixels, [0, 1]) - low
-    scale = tf.math.divide_no_nan(tf.constant(255.0, tf.float64), span)
+    rows = _rows(image)
+    low, high = (
+        tf.cast(extreme(tf.reshape(extreme(rows, 0), [-1, 3]), 0), tf.float64)
+        for extreme in (tf.reduce_min, tf.reduce_max)
+    )
+    width = image.shape[1]
+    scale = tf.math.divide_no_nan(tf.constant(255.0, tf.float64), high - low)
     # In this order and precision, whose rounding errors decide between two grey values.
-    stretched = tf.cast(tf.floor(pixels * scale - low * scale), tf.float32)
-    return tf.where(span > 0, tf.clip_by_value(stretched, 0.0, 255.0), image)
+    stretched = tf.cast(rows, tf.float64) * tf.tile(scale, [width]) - tf.tile(low * scale, [width])
+    stretched = tf.clip_by_value(tf.cast(tf.floor(stretched), tf.float32), 0.0, 255.0)
+    return tf.reshape(tf.where(tf.tile(high > low, [width]), stretched, rows), image.shape)
 
 
 def equalize(image):
     """Maps each channel so that its histogram becomes as even as it can."""
-    values = tf.cast(image, tf.int32) + 256 * tf.range(3)
+    values = tf.cast(_rows(image), tf.int32) + tf.tile([0, 256, 512], [image.shape[1]])
     counts = tf.math.bincount(tf.reshape(values, [-1]), minlength=768, maxlength=768)
     counts = tf.reshape(counts, [3, 256])
-    brightest = tf.cast(tf.reduce_max(image, [0, 1]), tf.int32)
+    brightest = 255 - tf.argmax(tf.reverse(counts > 0, [1]), axis=1, output_type=tf.int32)
     last = tf.gather(counts, brightest, batch_dims=1)
     step = (tf.reduce_sum(counts, axis=1) - last) // 255
     before = tf.cumsum(counts, axis=1, exclusive=True)
     table = (step[:, None] // 2 + before) // tf.maximum(step, 1)[:, None]
     table = tf.where(step[:, None] > 0, tf.minimum(table, 255), tf.range(256))
-    return tf.gather(tf.cast(tf.reshape(table, [-1]), tf.float32), values)
+    found = tf.gather(tf.cast(tf.reshape(table, [-1]), tf.float32), values)
+    return tf.reshape(found, image.shape)
 
 
 def solarize(image, threshold):
@@ -109,14 +114,14 @@ def posterize(image, bits: int):
 
 def color(image, factor):
     """Takes colours away (factor 0 is grey) or strengthens them."""
-    return _enhance(tf.repeat(_grey(image), 3, axis=-1), image, factor)
+    grey = tf.matmul(_grey(image), tf.ones([1, 3]))
+    return _enhance(tf.reshape(grey, image.shape), image, factor)
 
 
 def contrast(image, factor):
     """Moves values towards the mean grey (factor 0) or away from it."""
     grey = _grey(image)
-    pixels = tf.cast(tf.size(grey), tf.float64)
-    mean = tf.floor(tf.reduce_sum(tf.cast(grey, tf.float64)) / pixels + 0.5)
+    mean = tf.floor(tf.reduce_mean(tf.cast(grey, tf.float64)) + 0.5)
     return _enhance(tf.cast(mean, tf.float32), image, factor)
 
 
@@ -155,6 +160,11 @@ def translate(image, x=0.0, y=0.0):
     return _affine(image, [1.0, 0.0, tf.round(x * width), 0.0, 1.0, tf.round(y * height)])
 
 
+def _rows(image):
+    """`[H, 3 W]`: broadcasting over a last axis of 3 is slow."""
+    return tf.reshape(image, [image.shape[0], -1])
+
+
 def _affine(image, coefficients):
     """The pixel at x, y is the one nearest to a x + b y + c, d x + e y + f; grey from outside."""
     transforms = tf.stack([*coefficients, 0.0, 0.0])[None]
@@ -169,10 +179,10 @@ def _affine(image, coefficients):
 
 
 def _grey(image):
-    """Luma `[H, W, 1]` of ITU-R 601 in whole numbers, by Pillow's weights in 1/65536."""
-    weighted = tf.cast(image, tf.int32) * [19595, 38470, 7471]
-    luma = (tf.reduce_sum(weighted, axis=-1, keepdims=True) + 32768) // 65536
-    return tf.cast(luma, tf.float32)
+    """Luma `[H W, 1]` of ITU-R 601 in whole numbers, by Pillow's weights in 1/65536."""
+    weights = tf.constant([[19595.0], [38470.0], [7471.0]])
+    # All sums are whole and below 2^24: float32 holds them exactly.
+    return tf.floor((tf.matmul(tf.reshape(image, [-1, 3]), weights) + 32768) / 65536)
 
 
 def _enhance(degenerate, image, factor):

@@ -19,7 +19,7 @@ from etfzoo.errors import EtfzooError, TrainingDiverged
 
 log = logging.getLogger("etfzoo")
 
-_MODEL, _OPTIMIZER, _STATE = "model/", "optimizer/", "state"
+_MODEL, _TRAINED, _OPTIMIZER, _STATE = "model/", "trained/", "optimizer/", "state"
 _FORMAT = 1
 
 
@@ -29,11 +29,14 @@ class CheckpointManager:
     Args:
         workdir: the run's directory; checkpoints go to its subfolder `checkpoints`.
         keep: number of latest checkpoints that are kept.
+        trained: the model that is trained, where the one that is saved and loaded is an average of
+            it; its weights are saved and restored beside the other's.
     """
 
-    def __init__(self, workdir, keep: int = 2):
+    def __init__(self, workdir, keep: int = 2, trained=None):
         self.directory = Path(workdir) / "checkpoints"
         self.keep = keep
+        self.trained = trained
 
     def paths(self) -> list[Path]:
         """Checkpoints by step, latest first."""
@@ -62,9 +65,12 @@ class CheckpointManager:
             EtfzooError: the file cannot be written; the earlier ones are kept.
         """
         arrays = {_MODEL + k: v for k, v in weights.as_arrays(model.variables).items()}
+        if self.trained is not None:
+            trained = weights.as_arrays(self.trained.variables)
+            arrays |= {_TRAINED + k: v for k, v in trained.items()}
         for path, array in arrays.items():
             if not np.isfinite(array).all():
-                raise TrainingDiverged(f"weight {path.removeprefix(_MODEL)} is not finite")
+                raise TrainingDiverged(f"weight {path.split('/', 1)[1]} is not finite")
         path = self.directory / f"step-{step:010d}.npz"
         if not write:
             return path
@@ -116,6 +122,9 @@ class CheckpointManager:
             return None
         _, arrays, state = found
         weights.assign(model.variables, _part(arrays, _MODEL), "the checkpoint's weights")
+        if self.trained is not None:
+            trained = _part(arrays, _TRAINED)
+            weights.assign(self.trained.variables, trained, "the checkpoint's weights in training")
         weights.assign(optimizer.variables, _part(arrays, _OPTIMIZER), "the optimizer's slots")
         return state
 

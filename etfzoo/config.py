@@ -9,6 +9,7 @@ from etfzoo import files
 from etfzoo.backbones import BACKBONES, NORMS
 from etfzoo.classifier import HEADS
 from etfzoo.data.augment import CROPS
+from etfzoo.data.rand_augment import MAX_MAGNITUDE
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.strategy import STRATEGIES
@@ -51,6 +52,12 @@ class TrainConfig:
         weight_decay: L2 coefficient, added to the gradient BEFORE momentum, on kernels.
         decay_all: whether L2 counts for biases, gamma, beta and the logits of `sw` too.
         label_smoothing: share of the target spread over all classes.
+        mixup, cutmix: see `etfzoo.data.mixing.Mixing`; 0 is off. Training's top-1 then counts the
+            class with the largest share.
+        rand_augment: magnitude of RandAugment (0..10), two operations an image; 0 is off.
+        ema: decay of the average of the weights, see `etfzoo.averaging.WeightAverage`; 0 is off.
+            Training goes on with the weights themselves; the average is what is evaluated,
+            measured, and given by `etfzoo.load` and publishing.
         mixed_precision: `none`, `bfloat16` or `float16` (with loss scaling).
         seed: of initialisation, order, augmentation and the ETF.
         deterministic: whether TensorFlow's ops must repeat bit for bit.
@@ -97,6 +104,10 @@ class TrainConfig:
     weight_decay: float = 2e-4
     decay_all: bool = False
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    rand_augment: float = 0.0
+    ema: float = 0.0
     mixed_precision: str = "none"
     seed: int = 0
     deterministic: bool = True
@@ -150,6 +161,10 @@ class TrainConfig:
             ("momentum", 0, 0.999999),
             ("weight_decay", 0, math.inf),
             ("label_smoothing", 0, 0.999999),
+            ("mixup", 0, math.inf),
+            ("cutmix", 0, math.inf),
+            ("rand_augment", 0, MAX_MAGNITUDE),
+            ("ema", 0, 0.9999999),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):

@@ -8,7 +8,7 @@ def cross_entropy(labels, logits, label_smoothing: float = 0.0):
     """Softmax cross-entropy of each example.
 
     Args:
-        labels: class numbers `[N]`.
+        labels: class numbers `[N]`, or targets `[N, K]`, each example's shares of the classes.
         logits: `[N, K]`.
         label_smoothing: share of the target that is spread evenly over all K classes (Szegedy et
             al. 2016, section 7).
@@ -17,10 +17,18 @@ def cross_entropy(labels, logits, label_smoothing: float = 0.0):
         losses `[N]` in the logits' dtype.
     """
     classes = logits.shape[-1]
-    target = ops.one_hot(labels, classes, dtype=logits.dtype)
+    if len(labels.shape) == 2:
+        target = ops.cast(labels, logits.dtype)
+    else:
+        target = ops.one_hot(labels, classes, dtype=logits.dtype)
     if label_smoothing:
         target = (1 - label_smoothing) * target + label_smoothing / classes
     return -ops.sum(target * ops.log_softmax(logits, axis=-1), axis=-1)
+
+
+def label_classes(labels):
+    """Class numbers `[N]` of labels as in `cross_entropy`: of a target the one with most of it."""
+    return ops.argmax(labels, axis=-1) if len(labels.shape) == 2 else labels
 
 
 def decayed(variable: keras.Variable, everything: bool = False) -> bool:

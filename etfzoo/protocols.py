@@ -95,6 +95,36 @@ PROTOCOLS = {
         },
         finetune=_CROPS | _STANDARD_FINETUNE,
     ),
+    "strong": Protocol(
+        source=(
+            "pretraining: Vryniotis 2021, torchvision's SGD recipe for ResNet50 (How to train "
+            "state-of-the-art models using TorchVision's latest primitives), whose averaging of "
+            "0.99998 every 32 steps is 0.99997 a step after its script's correction for the length "
+            "of the training; with RandAugment at magnitude 7 (Wightman et al. 2021, ResNet "
+            "strikes back, A2) in place of TrivialAugment, and trained and evaluated at one size, "
+            "not at 176 and 224. Neither random erasing and repeated augmentation of these "
+            "sources nor LAMB, stochastic depth and binary cross-entropy of A2 are in etfzoo: do "
+            "not expect their accuracies. Fine-tuning: as in standard"
+        ),
+        pretrain=_CROPS
+        | {
+            "crop": 0.965,  # 224 of 232 pixels
+            "epochs": 600,
+            "batch_size": 1024,
+            "learning_rate": 0.5,
+            "warmup_epochs": 5.0,
+            "momentum": 0.9,
+            "weight_decay": 2e-5,
+            "label_smoothing": 0.1,
+            "mixup": 0.2,
+            "cutmix": 1.0,
+            "rand_augment": 7.0,
+            "ema": 0.99997,
+            "min_area": 0.08,
+        },
+        finetune=_CROPS | _STANDARD_FINETUNE,
+        assumed={"pretrain": ("image_size", "rand_augment")},
+    ),
     "sw_official": Protocol(
         source="Pan et al. 2019, Switchable Whitening, and its ImageNet script",
         pretrain=_CROPS

@@ -26,6 +26,7 @@ class Stepper:
         decay_all: whether L2 counts for all trainable variables.
         jit_compile: whether XLA compiles the step; None where it pays and is known to work: on
             one GPU.
+        average: an `etfzoo.averaging.WeightAverage` that follows the model; None is none.
 
     Raises:
         EtfzooError: jit_compile with several replicas.
@@ -40,12 +41,14 @@ class Stepper:
         label_smoothing=0.0,
         decay_all=False,
         jit_compile=None,
+        average=None,
     ):
         self.model = model
         self.optimizer = optimizer
         self.strategy = strategy
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
+        self.average = average
         self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
         several = strategy.num_replicas_in_sync > 1
         if jit_compile and several:
@@ -62,19 +65,22 @@ class Stepper:
         """SGD steps on the next global batches of an iterator.
 
         Args:
-            batches: iterator over what `distribute` returned.
+            batches: iterator over what `distribute` returned: images, with labels or targets as
+                `losses.cross_entropy` takes them.
             steps: number of steps, all in one call of the device.
             stop: this process's vote for stopping after these steps.
 
         Returns:
-            float64 tensor `[4]`: sum of losses, number right, number of examples, and the votes
-            of all replicas of all steps.
+            float64 tensor `[4]`: sum of losses, number right (of a target the class with the
+            largest share), number of examples, and the votes of all replicas of all steps.
         """
         return self._train(batches, tf.constant(stop), steps)
 
     def _distributed_train(self, batches, stop, steps):
         def one():
             sums = self.strategy.run(self._replica_step, (*next(batches), stop))
+            if self.average is not None:
+                self.average.update(self.optimizer.iterations)
             return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
         sums = one()
@@ -101,7 +107,7 @@ class Stepper:
                 for g, w, decayed in zip(gradients, values, self._decayed, strict=True)
             ]
         self.optimizer.apply(gradients, variables)
-        right = ops.argmax(logits, axis=-1) == ops.cast(labels, "int32")
+        right = ops.argmax(logits, axis=-1) == ops.cast(losses.label_classes(labels), "int32")
         sums = [ops.sum(per_example), ops.sum(ops.cast(right, "float32")), ops.shape(labels)[0]]
         return tf.stack([tf.cast(s, tf.float64) for s in (*sums, stop)])
 

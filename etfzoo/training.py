@@ -13,10 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo import evaluation, features, files, machine, neural_collapse, schedules, step_tf
+from etfzoo.averaging import WeightAverage
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import ImageClassifier, build_classifier, replace_head
 from etfzoo.config import TrainConfig
 from etfzoo.data.augment import Augmentation
+from etfzoo.data.mixing import Mixing
 from etfzoo.data.pipeline import Pipeline, find_corrupt
 from etfzoo.data.sources import Source, resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
@@ -66,6 +68,7 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     # First of all what can fail without cost: the device, the workdir, the data, the model.
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     check_batch_size(config.batch_size, strategy)
+    _mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     check_workdir(config, workdir)
     finished = finished_result(workdir)
     with leaving_when_a_worker_is_lost(strategy):
@@ -161,9 +164,10 @@ def make_pipeline(
         *model.spec.input_shape[:2],
         model.spec.crop,
         config.batch_size,
-        Augmentation(config.augment, config.min_area, config.flip),
+        Augmentation(config.augment, config.min_area, config.flip, config.rand_augment),
         config.seed,
         corrupt,
+        _mixing(config),
     )
     size = pipeline.size(config.train_split)
     if size < config.batch_size:
@@ -174,6 +178,10 @@ def make_pipeline(
     if pipeline.size(config.eval_split) == 0:
         raise EtfzooError(f"the evaluation split of {source.name} is empty")
     return pipeline
+
+
+def _mixing(config):
+    return Mixing(config.mixup, config.cutmix)
 
 
 def _corrupt_keys(config, source, path, chief) -> tuple[int, ...]:
@@ -197,7 +205,6 @@ class _Run:
         self.strategy = strategy
         self.chief = is_chief(strategy)
         self.pipeline = pipeline
-        self.model = model
         self.steps = pipeline.size(config.train_split) // config.batch_size
         with strategy.scope():
             self.optimizer = keras.optimizers.SGD(
@@ -211,6 +218,7 @@ class _Run:
                     self.optimizer, name="loss_scale"
                 )
             self.optimizer.build(model.trainable_variables)
+        average = WeightAverage(model, config.ema, strategy) if config.ema else None
         self.stepper = step_tf.Stepper(
             model,
             self.optimizer,
@@ -219,11 +227,16 @@ class _Run:
             config.label_smoothing,
             config.decay_all,
             False if config.deterministic else config.jit_compile,
+            average,
         )
-        self.evaluate = step_tf.evaluation_step(model, config.label_smoothing, strategy)
+        # What is evaluated, measured and loaded later; the steps go on with `model`.
+        self.model = average.model if average else model
+        self.evaluate = step_tf.evaluation_step(self.model, config.label_smoothing, strategy)
         if config.neural_collapse_every:
-            self.extractor = features.Extractor(model, strategy)
-        self.checkpoints = CheckpointManager(workdir, config.keep_checkpoints)
+            self.extractor = features.Extractor(self.model, strategy)
+        self.checkpoints = CheckpointManager(
+            workdir, config.keep_checkpoints, trained=model if average else None
+        )
         # Everything that the loop needs to go on as if it had never stopped.
         self.state = {"epoch": 0, "step": 0, "totals": [0.0, 0.0, 0.0], "history": [], "best": -1.0}
 

@@ -84,8 +84,8 @@ def training_flags(protocol):
         "Training",
         "protocol",
         protocol,
-        "paper, paper_lowres, standard, sw_official or quickstart: where unset flags take their "
-        "values from",
+        "paper, paper_lowres, standard, strong, sw_official or quickstart: where unset flags take "
+        "their values from",
     )
     integer("Training", "epochs", None, "passes over the training split")
     integer("Training", "batch_size", None, "images a step, over all devices")
@@ -100,6 +100,15 @@ def training_flags(protocol):
     real("Training", "momentum", None, "of SGD")
     boolean("Training", "nesterov", None, "Nesterov's momentum")
     real("Training", "label_smoothing", None, "share of the target spread over all classes")
+    real("Training", "mixup", None, "alpha of mixup, e.g. 0.2; 0 is off (default: the protocol's)")
+    real("Training", "cutmix", None, "alpha of cutmix, e.g. 1; with mixup each takes half")
+    real("Training", "rand_augment", None, "magnitude of RandAugment, 0 to 10; 0 is off")
+    real(
+        "Training",
+        "ema",
+        None,
+        "decay of the average of the weights that is evaluated and kept, e.g. 0.9999; 0 is off",
+    )
     boolean("Training", "decay_all", None, "L2 on biases, gamma, beta and logits of sw too")
     integer("Training", "seed", 0, "of weights, order, augmentation and the ETF")
     strategy_flags()

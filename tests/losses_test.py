@@ -39,6 +39,25 @@ def test_cross_entropy_in_float64(smoothing):
     np.testing.assert_allclose(loss, reference(labels, logits, smoothing), rtol=1e-13)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_of_targets_is_linear_in_them(smoothing):
+    rng = np.random.default_rng(2)
+    logits = (3 * rng.normal(size=(20, 6))).astype(np.float32)
+    labels, others = rng.integers(0, 6, (2, 20))
+    share = rng.uniform(size=20)
+    one_hot = np.eye(6)
+    targets = share[:, None] * one_hot[labels] + (1 - share)[:, None] * one_hot[others]
+    loss = losses.cross_entropy(targets.astype(np.float32), logits, smoothing)
+    assert keras.backend.standardize_dtype(loss.dtype) == "float32"
+    mine, theirs = reference(labels, logits, smoothing), reference(others, logits, smoothing)
+    np.testing.assert_allclose(loss, share * mine + (1 - share) * theirs, rtol=2e-5)
+    whole = losses.cross_entropy(one_hot[labels].astype(np.float32), logits, smoothing)
+    np.testing.assert_array_equal(whole, losses.cross_entropy(labels, logits, smoothing))
+    expected = np.where(share > 0.5, labels, others)
+    np.testing.assert_array_equal(losses.label_classes(targets), expected)
+    assert losses.label_classes(labels) is labels
+
+
 def test_cross_entropy_of_equal_logits():
     # log K whatever the smoothing.
     for smoothing in (0.0, 0.3):

@@ -210,11 +210,15 @@ MOMENTS = {
 }
 
 
+REGULARISERS = ("--mixup=0.2", "--cutmix=1", "--rand_augment=7", "--ema=0.99")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("regularisers", [(), REGULARISERS], ids=["plain", "regularised"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_sigkill_and_restart_ends_bit_equal(moment, embedded_dir, tmp_path):
+def test_sigkill_and_restart_ends_bit_equal(moment, regularisers, embedded_dir, tmp_path):
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=3",
-             "--batch_size=20", "--checkpoint_every=3")  # fmt: skip
+             "--batch_size=20", "--checkpoint_every=3", *regularisers)  # fmt: skip
     _run("pretrain", *flags, f"--workdir={tmp_path}/whole")
     killed = tmp_path / "killed"
     process = _start("pretrain", *flags, f"--workdir={killed}")

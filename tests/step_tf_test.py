@@ -88,6 +88,24 @@ def test_step_returns_sums_of_loss_hits_and_examples():
     assert (right, count, votes) == ((logits.argmax(1) == y).sum(), len(y), 1)
 
 
+def test_a_step_on_targets_equals_numpy():
+    model = _model()
+    optimizer = keras.optimizers.SGD(RATE, name="sgd")
+    stepper = Stepper(model, optimizer, tf.distribute.get_strategy())
+    (x, y), (_, others) = _batches(2)
+    share = np.random.RandomState(1).uniform(size=(len(y), 1))
+    targets = (share * np.eye(4)[y] + (1 - share) * np.eye(4)[others]).astype(np.float32)
+    kernel, bias = (np.array(v.value) for v in model.trainable_variables)
+    logits = x @ kernel + bias
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    loss, right, *_ = stepper.train(iter(tf.data.Dataset.from_tensors((x, targets)))).numpy()
+    np.testing.assert_allclose(loss, -(targets * np.log(p)).sum(), rtol=1e-6)
+    larger = np.where(share[:, 0] > 0.5, y, others)
+    assert right == (logits.argmax(1) == larger).sum()
+    gradient = x.T @ (p - targets) / len(y)
+    np.testing.assert_allclose(model.layers[-1].kernel.value, kernel - RATE * gradient, rtol=1e-6)
+
+
 def test_evaluation_step_top5_of_few_classes_is_always_right():
     labels, predicted, top5, loss = evaluation_step(_model())(
         tf.random.stateless_normal((7, 6), (0, 1), dtype=tf.float64), tf.zeros(7, tf.int32)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from etfzoo import checkpoint, machine, training
+import etfzoo
+from etfzoo import checkpoint, evaluation, machine, training
 from etfzoo.config import TrainConfig
+from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
 
 
@@ -96,8 +98,9 @@ def test_several_steps_an_execution_change_nothing(finished, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path):
-    half = dataclasses.replace(config, mixed_precision="float16", norm="sw", head="linear")
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path, ema):
+    half = dataclasses.replace(config, mixed_precision="float16", norm="sw", head="linear", ema=ema)
     whole, again = tmp_path / "whole", tmp_path / "again"
     result = training.train_and_evaluate(half, whole)
     assert np.isfinite(result["train_loss"])
@@ -110,6 +113,54 @@ def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path):
     shutil.copy(whole / name, again / name)
     training.train_and_evaluate(half, again)
     _assert_same_end(whole, again)
+
+
+@pytest.fixture(scope="module")
+def regularised(config, tmp_path_factory):
+    """A run with mixup, cutmix, RandAugment and averaged weights, and its configuration."""
+    workdir = tmp_path_factory.mktemp("regularised")
+    changes = {"mixup": 0.2, "cutmix": 1.0, "rand_augment": 7.0, "ema": 0.8}
+    config = dataclasses.replace(config, **changes, label_smoothing=0.1, epochs=1)
+    return workdir, config, training.train_and_evaluate(config, workdir)
+
+
+def test_a_regularised_run_resumes_bit_equal(regularised, tmp_path):
+    workdir, config, result = regularised
+    (tmp_path / "checkpoints").mkdir()
+    name = "checkpoints/step-0000000003.npz"
+    shutil.copy(workdir / name, tmp_path / name)
+    assert training.train_and_evaluate(config, tmp_path) == result
+    _assert_same_end(workdir, tmp_path)
+
+
+def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
+    workdir, config, result = regularised
+    kept = [checkpoint.read(p)[0] for p in checkpoint.CheckpointManager(workdir).paths()[::-1]]
+    assert len(kept) == 4
+    names = [k.removeprefix("model/") for k in kept[-1] if k.startswith("model/")]
+    assert len(names) == len([k for k in kept[-1] if k.startswith("trained/")]) > 100
+    for step in range(2, 5):  # what the checkpoints hold is the recursion itself
+        decay = min(config.ema, (1 + step) / (10 + step))
+        for name in names:
+            before, weight = kept[step - 2][f"model/{name}"], kept[step - 1][f"trained/{name}"]
+            expected = decay * before.astype(float) + (1 - decay) * weight
+            np.testing.assert_allclose(kept[step - 1][f"model/{name}"], expected, atol=1e-5)
+    kernel = "logits/kernel"
+    np.testing.assert_array_equal(kept[-1][f"model/{kernel}"], kept[0][f"trained/{kernel}"])
+    loaded = etfzoo.load(workdir)
+    for variable in loaded.variables:
+        np.testing.assert_array_equal(variable.value, kept[-1][f"model/{variable.path}"])
+    source = resolve(config.dataset, config.data_dir)
+    labels, predicted, *_ = evaluation.evaluate(loaded, source, config.eval_split, 100)
+    assert np.mean(labels == predicted) == pytest.approx(result["top1"], abs=1e-9)
+
+
+def test_configurations_written_before_the_regularisers_still_load(finished, config, tmp_path):
+    values = json.loads((finished[0] / "config.json").read_text())
+    for name in ("mixup", "cutmix", "rand_augment", "ema"):
+        assert values.pop(name) == 0
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert TrainConfig.load(tmp_path / "config.json") == config
 
 
 def test_a_finished_run_is_not_trained_again(finished, config):
@@ -155,6 +206,10 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
+        ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),
+        ({"cutmix": -1.0}, "cutmix must be at least 0"),
+        ({"rand_augment": 11}, "rand_augment must be between 0 and 10"),
+        ({"ema": 1.0}, "ema must be between 0 and 0.9999999"),
         ({"init": "rn50_eft"}, "unknown model 'rn50_eft'; did you mean rn50_etf"),
     ],
 )

@@ -8,6 +8,7 @@ import dataclasses
 
 import tensorflow as tf
 
+from etfzoo.data.rand_augment import MAX_MAGNITUDE, rand_augment
 from etfzoo.errors import EtfzooError, unknown
 
 CROPS = ("resized_crop", "shift", "none")
@@ -24,17 +25,21 @@ class Augmentation:
             CIFAR augmentation) or `"none"` (the evaluation crop).
         min_area: smallest share of the image in a resized crop.
         flip: whether half of the images are mirrored left to right.
+        rand_augment: magnitude of RandAugment's two operations, in 0..10; 0 is none.
     """
 
     crop: str = "resized_crop"
     min_area: float = 0.08
     flip: bool = True
+    rand_augment: float = 0.0
 
     def __post_init__(self):
         if self.crop not in CROPS:
             raise unknown("augmentation", self.crop, CROPS)
         if not 0 < self.min_area <= 1:
             raise EtfzooError(f"min_area must be in (0, 1]; got {self.min_area}")
+        if not 0 <= self.rand_augment <= MAX_MAGNITUDE:
+            raise EtfzooError(f"rand_augment must be between 0 and 10; got {self.rand_augment}")
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -183,4 +188,6 @@ def training_image(
         image = evaluation_image(encoded, height, width, crop)
     if augmentation.flip:
         image = tf.image.stateless_random_flip_left_right(image, seed=flip_key)
+    if augmentation.rand_augment:
+        image = rand_augment(image, key, augmentation.rand_augment)
     return image

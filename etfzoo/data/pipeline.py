@@ -1,7 +1,8 @@
 """From a source's records to batches of uint8 images.
 
-What an image looks like is a function of (seed, epoch, example): resuming at a step shows exactly
-what the uninterrupted run would have shown. Records that were seen already are skipped encoded.
+What an image looks like is a function of (seed, epoch, example), with mixing also of its neighbour
+in the epoch's order: resuming at a step shows exactly what the uninterrupted run would have shown.
+Records that were seen already are skipped encoded.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from etfzoo.data import augment
 from etfzoo.data.augment import Augmentation
+from etfzoo.data.mixing import Mixing, mix_pair
 from etfzoo.data.sources import Source
 from etfzoo.errors import EtfzooError
 
@@ -42,6 +44,7 @@ class Pipeline:
         augmentation: what training draws at random.
         seed: seed of order and augmentation.
         corrupt: keys of records that are left out (see find_corrupt).
+        mixing: how training mixes images and labels; None mixes nothing.
     """
 
     def __init__(
@@ -54,11 +57,13 @@ class Pipeline:
         augmentation: Augmentation,
         seed: int,
         corrupt: tuple[int, ...] = (),
+        mixing: Mixing | None = None,
     ):
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
         self.corrupt = corrupt
+        self.mixing = mixing or Mixing()
         self.preprocessing = (height, width, crop)  # of evaluation
         # Traced once here, so that making an epoch's data set costs milliseconds.
         self._train = tf.function(
@@ -71,6 +76,8 @@ class Pipeline:
             lambda encoded: augment.evaluation_image(encoded, height, width, crop),
             input_signature=[tf.TensorSpec([], tf.string)],
         )
+        self._draw = tf.function(lambda key: self.mixing.draw(key, height, width))
+        self._mix = tf.function(lambda *pair: mix_pair(*pair, source.num_classes))
 
     def size(self, split: str) -> int:
         """Number of examples of a split or role that training or evaluation will see."""
@@ -83,6 +90,8 @@ class Pipeline:
     ) -> tf.data.Dataset:
         """One epoch of `(images uint8 [B, H, W, 3], labels int32 [B])`; a rest is dropped.
 
+        With mixing, targets float32 `[B, K]` take the place of the labels.
+
         With a share these are the batches of its replicas, one after the other. The order of the
         examples is the same whatever the number of replicas, and records of others' shares are
         left out encoded.
@@ -92,7 +101,11 @@ class Pipeline:
             epoch: number of the epoch, from 0; every epoch has its own order and draws.
             start_step: global batches at the start that are skipped.
             share: None is all of it, in whole batches.
+
+        Raises:
+            EtfzooError: mixing, and an odd number of images for a replica.
         """
+        self.mixing.check_batch_size(self.batch_size, share.replicas if share else 1)
         order, draws = self._epoch_seeds(epoch)
         records = self._records(split, order).skip(start_step * self.batch_size)
         if share is not None:
@@ -101,9 +114,16 @@ class Pipeline:
 
         def example(record):
             key = tf.stack([tf.constant(draws, tf.int32), tf.cast(record["key"], tf.int32)])
-            return tf.cast(self._train(record["image"], key), tf.uint8), record["label"]
+            image = tf.cast(self._train(record["image"], key), tf.uint8)
+            if not self.mixing:
+                return image, record["label"]
+            return image, record["label"], self._draw(key)
 
-        return self._batch(records.map(example, tf.data.AUTOTUNE), share, drop_remainder=True)
+        examples = records.map(example, tf.data.AUTOTUNE)
+        if self.mixing:
+            pairs = examples.batch(2, drop_remainder=True)
+            examples = pairs.map(self._mix, tf.data.AUTOTUNE).unbatch()
+        return self._batch(examples, share, drop_remainder=True)
 
     def evaluation(self, split: str, share: Share | None = None) -> tf.data.Dataset:
         """All examples of a split or role, in file order; the last batch may be smaller.

@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from etfzoo import evaluation, features, files, machine, neural_collapse, step_tf, training
+from etfzoo import backend, evaluation, features, files, machine, neural_collapse, training
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.config import TrainConfig
 from etfzoo.data.sources import resolve
@@ -122,7 +122,7 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=No
     head.kernel.assign(kernel)
     head.bias.assign(bias)
     predictions = evaluation.predict(
-        step_tf.evaluation_step(model), frozen.pipeline.evaluation(config.eval_split)
+        backend.evaluation_step(model), frozen.pipeline.evaluation(config.eval_split)
     )
     result = evaluation.summary(predictions, classes) | {"C": strength}
     for split in ("train", "test"):

@@ -1,0 +1,223 @@
+"""One training and one evaluation step on JAX, compiled once for all devices of a strategy."""
+
+import jax
+import keras
+import numpy as np
+from jax import numpy as jnp
+from keras import ops
+
+from etfzoo import losses
+from etfzoo.data.pipeline import Share
+from etfzoo.errors import EtfzooError
+from etfzoo.strategy import get_strategy
+
+# XLA's options for all steps of this process; see `set_determinism`.
+_compiler_options = {}
+
+
+class Stepper:
+    """Training steps of a model; the arithmetic is that of `step_tf.Stepper`.
+
+    The step is a pure function of weights, slots and batch. Its inputs are donated: new weights
+    take the memory of the old ones. Between two calls the values are in the Keras variables.
+
+    Args:
+        model: the classifier.
+        optimizer: a Keras optimizer without weight decay, built; or one in a
+            keras.optimizers.LossScaleOptimizer.
+        strategy: an `etfzoo.strategy_jax.DataParallel`.
+        weight_decay: L2 coefficient on the variables that `losses.decayed` names.
+        label_smoothing: see `losses.cross_entropy`.
+        decay_all: whether L2 counts for all trainable variables.
+        jit_compile: of no effect, for XLA compiles all that JAX computes.
+
+    Raises:
+        EtfzooError: a float64 model, while JAX has float64 switched off.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        strategy,
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        decay_all=False,
+        jit_compile=None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.strategy = strategy
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
+        self._variables = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            optimizer.variables,
+        )
+        _check_float64(model)
+        self._step = jax.jit(
+            self._pure_step,
+            donate_argnums=0,
+            out_shardings=strategy.replicated,
+            compiler_options=_compiler_options,
+        )
+
+    def train(self, batches, steps=1, stop=False):
+        """SGD steps on the next global batches of an iterator.
+
+        Args:
+            batches: iterator over what `distribute` returned.
+            steps: number of steps.
+            stop: this process's vote for stopping after these steps.
+
+        Returns:
+            JAX array `[4]`, float64 where JAX has it switched on, else float32: sum of losses,
+            number right, number of examples, and the votes of all steps.
+        """
+        state = _values(self._variables, self.strategy)
+        total = 0.0
+        try:
+            for _ in range(steps):
+                batch = _placed(next(batches), self.strategy)
+                state, sums = self._step(state, *batch, stop)
+                total = total + sums
+        finally:  # the old values are gone, also where a batch cannot be read
+            for variable, value in zip(sum(self._variables, []), sum(state, []), strict=True):
+                variable.assign(value)
+        return total
+
+    def _pure_step(self, state, images, labels, stop):
+        trainable, others, slots = state
+        with keras.StatelessScope(zip(self.optimizer.variables, slots, strict=True)):
+            scale = self.optimizer.scale_loss(1.0)
+
+        def loss(trainable):
+            logits, updated = self.model.stateless_call(trainable, others, images, training=True)
+            per_example = losses.cross_entropy(labels, logits, self.label_smoothing)
+            return scale * (ops.sum(per_example) / len(labels)), (updated, logits, per_example)
+
+        gradients, (others, logits, per_example) = jax.grad(loss, has_aux=True)(trainable)
+        if self.weight_decay:
+            gradients = [
+                g + ops.cast(scale * self.weight_decay, g.dtype) * ops.cast(w, g.dtype)
+                if decayed
+                else g
+                for g, w, decayed in zip(gradients, trainable, self._decayed, strict=True)
+            ]
+        trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
+        right = ops.argmax(logits, axis=-1) == labels
+        sums = [ops.sum(per_example), ops.sum(right), len(labels), stop]
+        return (list(trainable), list(others), list(slots)), jnp.stack(
+            [jnp.asarray(s, float) for s in sums]
+        )
+
+
+def distribute(strategy, dataset_of):
+    """The batches of a data set on the devices of a strategy, one ahead of the one in use.
+
+    Args:
+        strategy: an `etfzoo.strategy_jax.DataParallel`.
+        dataset_of: `share -> tf.data.Dataset` of the batches of a share; called once, for all of
+            them, so that each batch is whole (see `Pipeline.evaluation`) and one shape is compiled.
+
+    Yields:
+        tuples of JAX arrays.
+    """
+    ahead = None
+    for batch in dataset_of(Share()).as_numpy_iterator():
+        batch = _placed(batch, strategy)  # returns before the copy is done
+        if ahead is not None:
+            yield ahead
+        ahead = batch
+    if ahead is not None:
+        yield ahead
+
+
+def evaluation_step(model, label_smoothing=0.0, strategy=None):
+    """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
+
+    Each is an array over the examples of the global batch. `in_top5` tells whether the label is
+    among the five highest logits (all, where K < 5).
+    """
+
+    def outcome(logits, labels):
+        top5 = ops.in_top_k(labels, ops.cast(logits, "float32"), k=min(5, logits.shape[-1]))
+        loss = losses.cross_entropy(labels, logits, label_smoothing)
+        return labels, ops.argmax(logits, axis=-1), top5, loss
+
+    return _inference(model, strategy, outcome)
+
+
+def feature_step(model, strategy=None):
+    """A function `(images, labels) -> (labels, features)` over the examples of the global batch.
+
+    Args:
+        model: a Keras model from images to features `[B, p]`, run in inference mode.
+        strategy: an `etfzoo.strategy_jax.DataParallel`; None is one device.
+    """
+    return _inference(
+        model, strategy, lambda features, labels: (labels, ops.cast(features, "float32"))
+    )
+
+
+def _inference(model, strategy, outcome):
+    strategy = strategy or get_strategy("one_device")
+    variables = (model.trainable_variables, model.non_trainable_variables)
+    _check_float64(model)
+
+    def run(values, images, labels):
+        outputs, _ = model.stateless_call(*values, images, training=False)
+        return outcome(outputs, labels)
+
+    run = jax.jit(run, out_shardings=strategy.replicated, compiler_options=_compiler_options)
+    return lambda *batch: run(_values(variables, strategy), *_placed(batch, strategy))
+
+
+def synchronize(model, value: bool) -> None:
+    """Statistics over all devices; under JAX there are no others.
+
+    Raises:
+        EtfzooError: `value` is False.
+    """
+    if not value:
+        raise EtfzooError(
+            "under JAX norms take their statistics over all devices: leave out "
+            "--nosynchronize_norms"
+        )
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Makes XLA's programs repeat bit for bit on GPUs too; for steps that are built afterwards."""
+    if deterministic:
+        _compiler_options["xla_gpu_deterministic_ops"] = True
+
+
+def use_full_float32() -> None:
+    """Keeps float32 products at 24 bits on GPUs and TPUs, where JAX would round their factors.
+
+    The switch is JAX's and counts for the whole process; whitening needs it.
+    """
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _values(variables, strategy):
+    """Values of lists of Keras variables, on all devices."""
+    return tuple([_put(v.value, strategy.replicated) for v in some] for some in variables)
+
+
+def _placed(batch, strategy):
+    """A batch of arrays or TensorFlow tensors, split over all devices."""
+    return tuple(_put(values, strategy.split) for values in batch)
+
+
+def _put(value, sharding):
+    if isinstance(value, jax.Array):  # asked, because moving nothing takes time too
+        return value if value.sharding == sharding else jax.device_put(value, sharding)
+    return jax.device_put(np.asarray(value), sharding)
+
+
+def _check_float64(model):
+    if any(v.dtype == "float64" for v in model.variables) and not jax.config.jax_enable_x64:
+        raise EtfzooError("a float64 model needs JAX_ENABLE_X64=1 in the environment")

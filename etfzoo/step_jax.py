@@ -11,8 +11,7 @@ from etfzoo.data.pipeline import Share
 from etfzoo.errors import EtfzooError
 from etfzoo.strategy import get_strategy
 
-# XLA's options for all steps of this process; see `set_determinism`.
-_compiler_options = {}
+_deterministic = False  # see set_determinism
 
 
 class Stepper:
@@ -57,12 +56,7 @@ class Stepper:
             optimizer.variables,
         )
         _check_float64(model)
-        self._step = jax.jit(
-            self._pure_step,
-            donate_argnums=0,
-            out_shardings=strategy.replicated,
-            compiler_options=_compiler_options,
-        )
+        self._step = _compiled(self._pure_step, strategy, donate_argnums=0)
 
     def train(self, batches, steps=1, stop=False):
         """SGD steps on the next global batches of an iterator.
@@ -171,7 +165,7 @@ def _inference(model, strategy, outcome):
         outputs, _ = model.stateless_call(*values, images, training=False)
         return outcome(outputs, labels)
 
-    run = jax.jit(run, out_shardings=strategy.replicated, compiler_options=_compiler_options)
+    run = _compiled(run, strategy)
     return lambda *batch: run(_values(variables, strategy), *_placed(batch, strategy))
 
 
@@ -189,9 +183,9 @@ def synchronize(model, value: bool) -> None:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Makes XLA's programs repeat bit for bit on GPUs too; for steps that are built afterwards."""
-    if deterministic:
-        _compiler_options["xla_gpu_deterministic_ops"] = True
+    """Whether the steps that are built from now on repeat bit for bit on GPUs too."""
+    global _deterministic
+    _deterministic = deterministic
 
 
 def use_full_float32() -> None:
@@ -200,6 +194,13 @@ def use_full_float32() -> None:
     The switch is JAX's and counts for the whole process; whitening needs it.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _compiled(function, strategy, **options):
+    """The function, compiled; its results are on all devices."""
+    if _deterministic and strategy.devices[0].platform == "gpu":
+        options["compiler_options"] = {"xla_gpu_deterministic_ops": True}
+    return jax.jit(function, out_shardings=strategy.replicated, **options)
 
 
 def _values(variables, strategy):

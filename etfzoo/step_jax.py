@@ -82,6 +82,28 @@ class Stepper:
                 variable.assign(value)
         return total
 
+    def compile_ahead(self, images_shape):
+        """The step compiled for the strategy's devices, which need not be there; nothing is run.
+
+        Args:
+            images_shape: of a global batch of uint8 images.
+
+        Returns:
+            a `jax.stages.Compiled`, which tells what memory it takes.
+        """
+
+        def shaped(shape, dtype, sharding):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        def shapes(variables):
+            return [shaped(v.shape, v.value.dtype, self.strategy.replicated) for v in variables]
+
+        state = tuple(shapes(variables) for variables in self._variables)
+        images = shaped(images_shape, "uint8", self.strategy.split)
+        labels = shaped(images_shape[:1], "int32", self.strategy.split)
+        traced = self._step.trace(state, images, labels, False)
+        return traced.lower(lowering_platforms=(self.strategy.devices[0].platform,)).compile()
+
     def _pure_step(self, state, images, labels, stop):
         trainable, others, slots = state
         with keras.StatelessScope(zip(self.optimizer.variables, slots, strict=True)):

@@ -85,3 +85,83 @@ def accuracy_by_domain(domains, lines: dict[str, list[tuple[float, float, float]
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+# Told apart by most colour-blind readers, and by dash and marker in grey (Okabe and Ito).
+_COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v")
+
+
+def accuracy_by_method(title: str, ylabel: str, methods, points) -> Figure:
+    """Small figure: one point for each seed, a bar at their mean.
+
+    Args:
+        title, ylabel: of the axes.
+        methods: names along the horizontal axis.
+        points: series (for instance a backbone) -> method -> accuracies, as shares of 1.
+    """
+    figure = Figure(figsize=(3.3, 2.8), layout="constrained")
+    axes = figure.subplots()
+    drawn = []
+    for number, (series, values) in enumerate(points.items()):
+        shift = 0.26 * (number - (len(points) - 1) / 2)
+        style = {"color": _COLOURS[number % 5], "marker": _MARKERS[number % 5]}
+        for place, method in enumerate(methods):
+            shares = 100 * np.asarray(values.get(method, ()))
+            if not len(shares):
+                continue
+            # Side by side, so that equal seeds do not hide each other.
+            places = place + shift + 0.05 * (np.arange(len(shares)) - (len(shares) - 1) / 2)
+            axes.plot(places, shares, linestyle="", alpha=0.8, markersize=5, **style)
+            mean = shares.mean()
+            axes.hlines(mean, place + shift - 0.11, place + shift + 0.11, color=style["color"])
+            drawn += shares.tolist()
+        axes.plot([], [], linestyle="", label=series, **style)
+    if drawn:  # at least ten points high, so that small differences look small
+        middle, half = (min(drawn) + max(drawn)) / 2, max(5, 0.6 * (max(drawn) - min(drawn)))
+        low = max(min(middle - half, 101 - 2 * half), -1)
+        axes.set_ylim(low, min(low + 2 * half, 101))
+    axes.set_xlim(-0.6, len(methods) - 0.4)
+    axes.set_xticks(range(len(methods)), methods)
+    axes.set_xlabel("method (one point for each seed, bar: mean)", fontsize=8)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    if len(points) > 1:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figure:
+    """Small figure of training loss and test accuracy: means over runs, shaded from least to most.
+
+    Args:
+        title: of the figure.
+        histories: method -> its runs, each a list of epochs with `epoch`, `train_loss` and, where
+            evaluated, `top1`.
+    """
+    figure = Figure(figsize=(3.6, 4.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for number, (method, runs) in enumerate(histories.items()):
+        style = {"color": _COLOURS[number % 5], "linestyle": _DASHES[number % 5]}
+        for axes, name, scale in ((above, "train_loss", 1), (below, "top1", 100)):
+            found = [
+                {row["epoch"]: scale * row[name] for row in run if name in row} for run in runs
+            ]
+            epochs = sorted(set.intersection(*map(set, found)))
+            values = np.array([[run[epoch] for epoch in epochs] for run in found])
+            marker = _MARKERS[number % 5] if len(epochs) < 30 else ""
+            axes.plot(epochs, values.mean(0), label=method, marker=marker, markersize=3.5, **style)
+            axes.fill_between(
+                epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
+            )
+    above.set_title(title, fontsize=10)
+    above.set_ylabel("training loss (nats)")
+    below.set_ylabel("test top-1 (%)")
+    below.set_xlabel("epoch")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    above.legend(fontsize=8)
+    return figure

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import time
 import warnings
 from pathlib import Path
@@ -13,13 +12,20 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from etfzoo import backend, evaluation, features, files, machine, neural_collapse, training
+from etfzoo import (
+    backend,
+    evaluation,
+    features,
+    files,
+    machine,
+    neural_collapse,
+    search,
+    training,
+)
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.config import TrainConfig
 from etfzoo.data.sources import resolve
-from etfzoo.errors import EtfzooError, TrainingDiverged
-from etfzoo.interruption import leaving_when_a_worker_is_lost
-from etfzoo.strategy import chief_first, get_strategy, is_chief
+from etfzoo.errors import EtfzooError
 
 log = logging.getLogger("etfzoo")
 
@@ -30,7 +36,9 @@ KNN_GRID = (1, 5, 10, 20, 50, 100, 200)
 KNN_TEMPERATURE = 0.07
 
 
-def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) -> dict:
+def finetune(
+    config: TrainConfig, workdir, learning_rates=(), weight_decays=(), widen=False
+) -> dict:
     """Fine-tunes all weights of `config.init`.
 
     With several candidates each is trained on the data set's `fit` split and scored on `select`
@@ -41,6 +49,8 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
         config: the run; its own rate and decay count where no candidates are given.
         workdir: directory of the run.
         learning_rates, weight_decays: candidates; one or none is taken as it is.
+        widen: whether learning rates are added while the best lies at the edge of their grid, see
+            `etfzoo.search.pick`.
 
     Returns:
         see `etfzoo.training.train_and_evaluate`; with candidates `selection.json` beside it tells
@@ -48,45 +58,8 @@ def finetune(config: TrainConfig, workdir, learning_rates=(), weight_decays=()) 
     """
     if config.init is None:
         raise EtfzooError("fine-tuning needs a pretrained model")
-    candidates = [
-        dataclasses.replace(config, learning_rate=rate, weight_decay=decay)
-        for rate in learning_rates or (config.learning_rate,)
-        for decay in weight_decays or (config.weight_decay,)
-    ]
-    if len(candidates) == 1:
-        return training.train_and_evaluate(candidates[0], workdir)
-    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
-    with leaving_when_a_worker_is_lost(strategy):
-        source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
-    metric = source.row.metric
-    scores = []
-    for candidate in candidates:
-        name = f"lr{candidate.learning_rate:g}_wd{candidate.weight_decay:g}"
-        trial = dataclasses.replace(
-            candidate, train_split="fit", eval_split="select", neural_collapse_every=0
-        )
-        print(f"candidate {name}", flush=True)
-        try:
-            score = training.train_and_evaluate(trial, Path(workdir) / "select" / name)[metric]
-        except TrainingDiverged as error:
-            log.warning("%s", error)
-            score = -math.inf
-        scores.append(score)
-    best = candidates[int(np.argmax(scores))]
-    if best.learning_rate in (min(learning_rates), max(learning_rates)) and len(learning_rates) > 1:
-        log.warning(
-            "the best learning rate, %g, lies at the edge of the grid: widen it",
-            best.learning_rate,
-        )
-    print(f"picked learning rate {best.learning_rate:g}, weight decay {best.weight_decay:g}")
-    result = training.train_and_evaluate(best, workdir)
-    rows = [
-        {"learning_rate": c.learning_rate, "weight_decay": c.weight_decay, metric: score}
-        for c, score in zip(candidates, scores, strict=True)
-    ]
-    if is_chief(strategy):
-        files.write_text(Path(workdir) / "selection.json", json.dumps(rows, indent=2) + "\n")
-    return result
+    best = search.pick(config, workdir, learning_rates, weight_decays, widen)
+    return training.train_and_evaluate(best, workdir)
 
 
 def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=None) -> dict:
@@ -99,7 +72,8 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=No
     Args:
         config: the run: model, data, image size and crop count.
         workdir: directory of the run.
-        grid: inverse regularisation strengths C that are tried.
+        grid: inverse regularisation strengths C that are tried; while the best lies at the edge,
+            up to `etfzoo.search.EXTENSIONS` further ones are added on that side.
         feature_cache: see `etfzoo.features.Extractor.load`.
 
     Returns:
@@ -111,11 +85,7 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=No
         return frozen.finished
     splits, source = frozen.features(feature_cache), frozen.source
     classes, select = source.num_classes, splits["select"]
-    probes = _fit(splits["fit"], grid, classes)
-    chosen = (_logits(select, *probe).argmax(1) for probe in probes)
-    strength = _pick(grid, chosen, select.labels, source.row.metric, classes)
-    if len(grid) > 1 and strength in (min(grid), max(grid)):
-        log.warning("the best C, %g, lies at the edge of the grid: widen it", strength)
+    strength = _pick_strength(splits["fit"], select, grid, source.row.metric, classes)
     ((kernel, bias),) = _fit(splits["train"], (strength,), classes)
     model = frozen.model
     head = model.get_layer("logits")
@@ -209,6 +179,29 @@ class _Frozen:
         machine.write(self.workdir, time.monotonic() - self.start)
         files.write_text(self.workdir / "result.json", json.dumps(result, indent=2) + "\n")
         return result
+
+
+def _pick_strength(fit, select, grid, metric, num_classes):
+    """The inverse regularisation that scores best on `select`, of equal ones the first tried."""
+    strengths, scores = list(grid), []
+
+    def tried():
+        yield from grid
+        for _ in range(search.EXTENSIONS):  # asked for only when all before are scored
+            further = search.beyond(strengths, scores)
+            if further is None:
+                return
+            print(f"the best C lies at the edge of the grid: trying {further:g} too", flush=True)
+            strengths.append(further)
+            yield further
+
+    for probe in _fit(fit, tried(), num_classes):
+        predicted = _logits(select, *probe).argmax(1)
+        scores.append(evaluation.accuracy(select.labels, predicted, num_classes, metric))
+    best = strengths[int(np.argmax(scores))]
+    if search.beyond(strengths, scores) is not None:
+        log.warning("the best C, %g, lies at the edge of the grid as far as it was widened", best)
+    return best
 
 
 def _pick(grid, predictions, labels, metric, num_classes):

@@ -6,8 +6,9 @@
   python recipes/finetune.py --model=DIR --dataset=dtd --learning_rate=0.003,0.01,0.03
 
 Several learning rates or weight decays (comma separated): each is trained on one part of the
-training data and compared on the other; the best is trained again on all of it. The reported
-figures are those of the last epoch on the test split.
+training data and compared on the other; the best is trained again on all of it. With --widen
+learning rates are added while the best lies at the edge of the grid. The reported figures are
+those of the last epoch on the test split.
 """
 
 import os
@@ -38,7 +39,7 @@ def main():
         result = transfer.knn(config, workdir, feature_cache=FLAGS.feature_cache or None)
     elif FLAGS.mode == "full":
         cli.print_assumed(config, "finetune")
-        result = transfer.finetune(config, workdir, rates, decays)
+        result = transfer.finetune(config, workdir, rates, decays, FLAGS.widen)
     else:
         raise etfzoo.EtfzooError(f"--mode is full, linear_probe or knn; got {FLAGS.mode!r}")
     top5 = f"  top-5 {100 * result['top5']:.2f} %" if "top5" in result else ""
@@ -63,4 +64,5 @@ if __name__ == "__main__":
     cli.feature_cache_flag()
     cli.numbers("Training", "learning_rate", None, "one, or several to pick from")
     cli.numbers("Training", "weight_decay", None, "one, or several to pick from")
+    cli.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")
     cli.run(main, __doc__)

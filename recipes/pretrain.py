@@ -6,6 +6,9 @@
   python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart
   python recipes/pretrain.py --dataset=folder:photos --backbone=rn18 --protocol=quickstart
 
+Several learning rates (comma separated): each is trained on one part of the training data and
+compared on the other, for --search_epochs; the best is trained again on all of it.
+
 Stop it at any moment and start it again: it goes on at the same step. To expect: see
 recipes/README.md for measured times and accuracies.
 """
@@ -16,9 +19,10 @@ from cli import FLAGS
 
 def main():
     import etfzoo
-    from etfzoo import training
+    from etfzoo import search, training
 
-    config = cli.train_config("pretrain")
+    rates = cli.parse_numbers("learning_rate") if FLAGS.learning_rate else []
+    config = cli.train_config("pretrain", **({"learning_rate": rates[0]} if rates else {}))
     cli.open_strategy(config)
     workdir = FLAGS.workdir or (
         f"runs/{config.dataset.replace(':', '_').replace('/', '_')}_{config.image_size}_"
@@ -31,6 +35,7 @@ def main():
         flush=True,
     )
     cli.print_assumed(config, "pretrain")
+    config = search.pick(config, workdir, rates, (), FLAGS.widen, FLAGS.search_epochs)
     result = training.train_and_evaluate(config, workdir)
     print(
         f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
@@ -49,6 +54,8 @@ if __name__ == "__main__":
     cli.real(model, "scale", None, "factor on the ETF's logits (default: 1, on l2 features 16)")
     cli.data_flags("imagenet2012")
     cli.training_flags("paper")
-    cli.real("Training", "learning_rate", None, "peak learning rate")
+    cli.numbers("Training", "learning_rate", None, "peak learning rate, or several to pick from")
+    cli.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")
+    cli.integer("Training", "search_epochs", None, "epochs of each of several (default: --epochs)")
     cli.real("Training", "weight_decay", None, "L2 added to the gradient before momentum")
     cli.run(main, __doc__)

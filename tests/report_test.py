@@ -1,7 +1,6 @@
 """Tests of the HTML reports and of the figures."""
 
 import base64
-import html.parser
 import io
 import re
 
@@ -10,33 +9,7 @@ import pytest
 from PIL import Image
 
 from etfzoo import plots, report
-
-VOID = {"meta", "img", "br", "link"}
-
-
-class Page(html.parser.HTMLParser):
-    """A parsed page: tags with attributes, text by tag, and whether every tag is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self.open = [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if data.strip():
-            self.text.append((self.open[-1], data))
-
-    def texts(self, tag):
-        return [text for owner, text in self.text if owner == tag]
+from testing import Page
 
 
 def figure():
@@ -82,6 +55,30 @@ def test_page_is_self_contained(page):
     image = Image.open(io.BytesIO(base64.b64decode(links[0].split(",")[1], validate=True)))
     assert image.format == "PNG" and min(image.size) > 200
     assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_blocks_of_a_report(tmp_path):
+    links = report.Cell("61", "60 to 62", "2 seeds", [("seed 0:", report.Link("a&b", 'x"/y.json'))])
+    rows = [["name", "one", "two"], [report.Link("<i>", "z"), links, report.Cell("5")]]
+    sections = [
+        ("Head", report.Table("Cap <1>", rows, [("", 1), ("group & co", 2)])),
+        (None, report.Gallery("Pictures", [(figure(), "alt <1>"), (figure(), "alt 2")])),
+        (None, "text"),
+    ]
+    report.write(tmp_path / "a.html", "t", sections)
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert page.open == [] and page.texts("h2") == ["Head"] and page.texts("p") == ["text"]
+    assert page.texts("figcaption") == ["Cap <1>", "Pictures"]
+    assert page.texts("th") == ["group & co", "name", "one", "two"]
+    assert [a["colspan"] for t, a in page.tags if t == "th" and "colspan" in a] == ["1", "2"]
+    assert page.texts("td") == ["61", "5"] and page.texts("small") == ["60 to 62"]
+    assert page.texts("summary") == ["2 seeds"] and page.texts("a") == ["<i>", "a&b"]
+    assert [a["href"] for t, a in page.tags if t == "a"] == ["z", 'x"/y.json']
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert [image["alt"] for image in images] == ["alt <1>", "alt 2"]
+    content = base64.b64decode(images[0]["src"].split(",")[1], validate=True)
+    assert abs(Image.open(io.BytesIO(content)).width - 2 * int(images[0]["width"])) <= 1
+    assert ("div", "region") in [(tag, attrs.get("role")) for tag, attrs in page.tags]
 
 
 def test_text_table():

@@ -1,5 +1,6 @@
 """JAX: the arithmetic of TensorFlow on any number of devices, and runs that change backends."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -25,12 +26,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+# Keras rounds all 64-bit results to 32 bits on JAX; exact comparisons lift that.
+_FLOAT64 = """
+import keras
+if keras.backend.backend() == "jax":
+    import jax
+    from keras.src.backend.common import dtypes
+    jax.config.update("jax_enable_x64", True)
+    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
+"""
+
+
 def on_jax(code, *args, **environment):
     return fresh_python(code, *args, KERAS_BACKEND="jax", PYTHONPATH=PATH, **environment)
 
 
 _STEPS = """
-import keras, numpy as np, pytest, tensorflow as tf
+import os, keras, numpy as np, pytest, tensorflow as tf
 import step_tf_test as t
 from etfzoo.backend import Stepper, distribute, evaluation_step, synchronize
 from etfzoo.errors import EtfzooError
@@ -56,12 +68,9 @@ with pytest.raises(EtfzooError, match="leave out --nosynchronize_norms"):
 assert best_here() == "one_device" and len(get_strategy("auto").devices) == 1
 
 strategy = get_strategy("one_device")
-with pytest.raises(EtfzooError, match="JAX_ENABLE_X64=1"):
+with pytest.raises(EtfzooError, match="float64 model needs KERAS_BACKEND=tensorflow"):
     Stepper(t._model(), keras.optimizers.SGD(name="sgd"), strategy)
-keras.config.set_floatx("float64")
-import jax
-jax.config.update("jax_enable_x64", True)
-
+exec(os.environ["FLOAT64"])
 
 def trained(batches, rate, strategy, scaled=False, **options):
     model = t._model()
@@ -101,7 +110,7 @@ for nesterov, decay_all, scaled in ((0, 0, 0), (1, 1, 0), (0, 1, 1)):
             weights[i] = weights[i] - t.RATE * update
     for expected, variable in zip(weights, model.trainable_variables, strict=True):
         np.testing.assert_allclose(variable.value, expected, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(sums[0], [losses[0], right[0], 8, 1], rtol=1e-7)
+    np.testing.assert_allclose(sums[0], [losses[0], right[0], 8, 1], rtol=1e-12)
     np.testing.assert_allclose(sums[1], [sum(losses[1:]), sum(right[1:]), 792, 0], rtol=1e-6)
     if scaled:
         assert float(optimizer.dynamic_scale) == 2.0 ** (15 + 100 // 7)
@@ -114,33 +123,37 @@ assert labels.shape == loss.shape == predicted.shape == (7,) and np.all(top5)
 
 
 def test_steps_equal_numpy_and_bad_strategies_are_one_clear_line():
-    on_jax(_STEPS)
+    on_jax(_STEPS, FLOAT64=_FLOAT64)
 
 
-_TRAIN = """
+_TRAIN = (
+    _FLOAT64
+    + """
 import sys, keras, numpy as np
-from etfzoo import backend, evaluation, schedules
+from etfzoo import backend, evaluation
 from etfzoo.classifier import build_classifier
-from etfzoo.config import TrainConfig
 from etfzoo.data.augment import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
 from etfzoo.strategy import get_strategy
 from etfzoo.weights import as_arrays
-from testing import randomize
 
 devices, norm, folder, out = int(sys.argv[1]), *sys.argv[2:]
 strategy = get_strategy(*(("mirrored", None, devices) if devices > 1 else ("one_device",)))
-config = TrainConfig("folder", epochs=1, batch_size=12, learning_rate=0.02)
-model = build_classifier("rn18", 4, "etf", norm, (32, 32, 3), feature_norm="bn", dtype="float64")
-randomize(model)
-optimizer = keras.optimizers.SGD(
-    schedules.learning_rate(config, 5), momentum=0.9, nesterov=True, name="sgd"
+# All constants are sums of few powers of 2: TensorFlow casts Python's numbers by way of float32.
+model = build_classifier(
+    "rn18", 4, "etf", norm, (32, 32, 3),
+    feature_norm="bn", mean=(128,) * 3, std=(64,) * 3, dtype="float64",
 )
+rng = np.random.default_rng(0)
+for v in model.trainable_variables:  # Keras draws other weights on each backend
+    if v.name == "kernel":
+        v.assign(rng.normal(size=v.shape) / np.sqrt(np.prod(v.shape[:-1])))
+optimizer = keras.optimizers.SGD(2**-8, momentum=0.875, nesterov=True, name="sgd")
 optimizer.build(model.trainable_variables)
 source = resolve("folder:" + folder)
 pipeline = Pipeline(source, 32, 32, 1.0, 12, Augmentation("shift", flip=True), seed=3)
-stepper = backend.Stepper(model, optimizer, strategy, 1e-3, label_smoothing=0.1)
+stepper = backend.Stepper(model, optimizer, strategy, 2**-10, label_smoothing=0.125)
 batches = iter(backend.distribute(strategy, lambda s: pipeline.training("train", 0, 0, s)))
 arrays = {"sums": sum(np.asarray(stepper.train(batches)) for _ in range(5))}
 arrays |= as_arrays(model.variables)
@@ -154,6 +167,7 @@ if devices > 1:
     assert {len(v.value.addressable_shards) for v in optimizer.variables} == {devices}
 np.savez(out, **{k.replace("/", "|"): v for k, v in arrays.items()})
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +184,7 @@ def trained(tmp_path_factory):
             out = folder / ("_".join(map(str, key)) + ".npz")
             fresh_python(
                 _TRAIN, devices, norm, photos, out,
-                KERAS_BACKEND=backend, PYTHONPATH=PATH, JAX_ENABLE_X64="1",
+                KERAS_BACKEND=backend, PYTHONPATH=PATH,
             )  # fmt: skip
             done[key] = dict(np.load(out))
         return done[key]
@@ -180,17 +194,15 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["bn", "sw"])
-@pytest.mark.parametrize(
-    "backend, devices, tolerance", [("jax", 2, 1e-9), ("jax", 3, 1e-9), ("tensorflow", 1, 1e-6)]
-)
-def test_equal_to_one_device(trained, norm, backend, devices, tolerance):
+@pytest.mark.parametrize("backend, devices", [("jax", 2), ("tensorflow", 1)])
+def test_equal_to_one_device(trained, norm, backend, devices):
     one, other = trained("jax", 1, norm), trained(backend, devices, norm)
     assert one.keys() == other.keys() and len(one) > 150
     for name in one:
         assert one[name].shape == other[name].shape
         difference = np.max(np.abs(one[name].astype(float) - other[name]))
         # Sums over 60 examples are compared by their size.
-        assert difference < tolerance * (one[name][0] if name == "sums" else 1), name
+        assert difference < 1e-9 * (one[name][0] if name == "sums" else 1), name
     assert one["sums"][2] == 60 and len(one["prediction labels"]) == 19
     assert one["conv1_conv|kernel"].dtype == np.float64
 
@@ -262,7 +274,7 @@ def assert_same_end(a, b):
 def test_checkpoints_do_not_tell_the_backend(finished):
     (ours, state), (theirs, other) = (state_of(finished[b], 8) for b in ("jax", "tensorflow"))
     assert state.keys() == other.keys()
-    kinds = [{k: (v.shape, v.dtype) for k, v in a.items()} for a in (ours, theirs)]
+    kinds = [{k: (v.shape, v.dtype.kind) for k, v in a.items()} for a in (ours, theirs)]
     assert kinds[0] == kinds[1]
     assert state["history"][1].keys() == other["history"][1].keys() >= {"nc/train/nc1"}
 
@@ -287,6 +299,23 @@ def test_a_run_goes_on_under_the_other_backend(finished, config, tmp_path, step)
         losses = [(total[0] - before[0]) / (total[2] - before[2]) for total in sums]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         assert state_of(changed, 8)[1]["epoch"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision(finished, config, tmp_path, precision):
+    mixed = dataclasses.replace(
+        config, mixed_precision=precision, epochs=1, neural_collapse_every=0
+    )
+    run_on_jax(mixed, tmp_path / "run")
+    arrays, state = state_of(tmp_path / "run", 1)
+    assert {v.dtype for k, v in arrays.items() if k.startswith("model/")} == {np.dtype("float32")}
+    assert state["totals"][0] == pytest.approx(
+        state_of(finished["jax"], 1)[1]["totals"][0], rel=0.02
+    )
+    assert ("optimizer/loss_scale/dynamic_scale" in arrays) == (precision == "float16")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert np.isfinite(result["train_loss"]) and result["step"] == 4
 
 
 def recipe(name, *flags, backend="jax", code=0, kill_when=None):
@@ -325,10 +354,9 @@ def test_recipes_from_pretraining_to_a_published_model(embedded_dir, tmp_path):
 
     data = ("--dataset=shapes/outlines", data)
     tuned = tmp_path / "tuned"
-    # bfloat16, several devices and steps an execution, and two candidates: the long way round.
-    speed = ("--strategy=mirrored", "--num_virtual_devices=2", "--mixed_precision=bfloat16")
+    two = ("--strategy=mirrored", "--num_virtual_devices=2")
     recipe(
-        "finetune", f"--model={killed}", *data, *TINY, *speed, "--steps_per_execution=3",
+        "finetune", f"--model={killed}", *data, *TINY, *two, "--steps_per_execution=3",
         "--learning_rate=0.005,0.01", f"--workdir={tuned}",
     )  # fmt: skip
     result = json.loads((tuned / "result.json").read_text())
@@ -347,15 +375,18 @@ def test_recipes_from_pretraining_to_a_published_model(embedded_dir, tmp_path):
     source = resolve("shapes/outlines", str(embedded_dir))
     here = evaluation.evaluate(model, source)
     reports = []
-    for strategy in (("--strategy=one_device",), speed[:2]):
+    for strategy in (("--strategy=one_device",), two):
         report = tmp_path / f"report{len(reports)}"
         recipe("evaluate", f"--model={published}", *data, *strategy, f"--output={report}")
         reports.append(json.loads((report / "metrics.json").read_text()))
-    there = [result["top1"], *(report["top1"] for report in reports)]
-    assert {report["examples"] for report in reports} == {len(here.labels)}
-    # The images on the edge of a decision fall to either side when bfloat16 rounds otherwise.
+    assert {report["examples"] for report in reports} == {len(here.labels)} == {500}
+    # One image may lie so close to the edge of a decision that rounding takes it across.
     top1 = evaluation.summary(here, 10)["top1"]
-    assert there == pytest.approx([top1] * 3, abs=0.01)
+    there = [result["top1"], *(report["top1"] for report in reports)]
+    assert there == pytest.approx([top1] * 3, abs=1.01 / 500)
+    photos = make_image_folder(tmp_path / "photos", {"a": 2})
+    out, _ = recipe("predict", f"--model={published}", photos)
+    assert out.count("%") == 10
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Helpers that several test files share."""
 
 import contextlib
+import html.parser
 import os
 import shutil
 import struct
@@ -122,3 +123,31 @@ def assert_close(actual, expected, tolerance=1e-5):
 def leftovers(directory):
     """Names of what is in a folder."""
     return [p.name for p in directory.iterdir()] if directory.exists() else []
+
+
+VOID_TAGS = {"meta", "img", "br", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """A parsed page: tags with attributes, text by tag, and whether every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.text.append((self.open[-1], data))
+
+    def texts(self, tag):
+        return [text for owner, text in self.text if owner == tag]

@@ -54,6 +54,10 @@ setup(
             f"tensorflow>=2.21,<2.22; {NO_TF_CPU}",
         ],
         "gpu": ["tensorflow[and-cuda]>=2.21,<2.22"],
+        # For KERAS_BACKEND=jax, beside `cpu`: TensorFlow then only reads the data. On GPUs and TPUs
+        # with `pip install 'jax[cuda12]'` or `'jax[tpu]'`.
+        "jax": ["jax>=0.10"],
+        "tpu-check": ["jax[tpu]>=0.10,<0.11"],  # for recipes/compile_check.py; needs no TPU
         "hf": ["huggingface_hub"],  # for hf:// addresses
         "tpu": ["tensorflow-tpu>=2.19"],  # its releases trail those of tensorflow
         # For recipes/serve_client.py. It asks for `tensorflow`, which must not be installed beside

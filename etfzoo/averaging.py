@@ -1,6 +1,6 @@
 """An exponential moving average of a model's weights (EMA)."""
 
-import tensorflow as tf
+from keras import ops
 
 from etfzoo import weights
 from etfzoo.classifier import ImageClassifier
@@ -30,21 +30,30 @@ class WeightAverage:
         with strategy.scope():
             self.model = ImageClassifier(model.spec)
         weights.assign(self.model.variables, weights.as_arrays(model.variables))
-        trained = {v.path: v.value for v in model.variables}
-        self._pairs = [(v.value, trained[v.path]) for v in self.model.variables]
+        trained = {v.path: v for v in model.variables}
+        self._pairs = [(v, trained[v.path]) for v in self.model.variables]
 
-    def update(self, step) -> None:
-        """Moves the average; to be called outside of replicas, in the graph of the step.
+    def rate(self, step):
+        """1 - d_t, float32.
 
         Args:
             step: number of steps taken, this one included; where float16 overflowed, steps that
                 were left out do not count.
         """
-        rate = tf.maximum(1 - self.decay, 9 / (10 + tf.cast(step, tf.float32)))  # 1 - d_t
+        return ops.maximum(1 - self.decay, 9 / (10 + ops.cast(step, "float32")))
+
+    def update(self, step) -> None:
+        """Moves the average on TensorFlow; to be called outside of replicas, in the step's graph.
+
+        Args:
+            step: see `rate`.
+        """
+        rate = self.rate(step)
 
         def move(average, weight):
             # In this form what does not change, such as a fixed ETF, stays as it is bit for bit.
-            average.assign_add(tf.cast(rate, average.dtype) * (weight - average))
+            average.assign_add(ops.cast(rate, average.dtype) * (weight - average))
 
         for average, weight in self._pairs:
-            self.strategy.extended.update(average, move, args=(weight,), group=False)
+            args = (weight.value,)
+            self.strategy.extended.update(average.value, move, args=args, group=False)

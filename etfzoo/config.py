@@ -60,11 +60,12 @@ class TrainConfig:
             measured, and given by `etfzoo.load` and publishing.
         mixed_precision: `none`, `bfloat16` or `float16` (with loss scaling).
         seed: of initialisation, order, augmentation and the ETF.
-        deterministic: whether TensorFlow's ops must repeat bit for bit.
+        deterministic: whether the backend's ops must repeat bit for bit.
         strategy, tpu, num_virtual_devices: see `etfzoo.strategy.get_strategy`.
         synchronize_norms: whether norms take their statistics over all replicas.
         steps_per_execution: steps between two looks at the clock, signals and checkpoints.
-        jit_compile: whether XLA compiles the step; None: on one GPU, when not deterministic.
+        jit_compile: whether XLA compiles the step; None: on one GPU, when not deterministic. Under
+            JAX it always does.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         neural_collapse_every: epochs between collapse measures on both splits, also after the last
             epoch; 0 is never. Each takes a pass over both splits.

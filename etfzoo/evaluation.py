@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
-from etfzoo import files, step_tf
+from etfzoo import backend, files
 from etfzoo.data.pipeline import evaluation_pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress
-from etfzoo.strategy import check_batch_size, is_chief
+from etfzoo.strategy import check_batch_size, get_strategy, is_chief
 
 
 class Predictions(NamedTuple):
@@ -53,7 +52,8 @@ def evaluate(
         source: see `etfzoo.data.sources.resolve`.
         split: split or role.
         batch_size: images a step, over all devices.
-        strategy: a tf.distribute strategy; None is one device. Every worker gets all predictions.
+        strategy: see `etfzoo.strategy.get_strategy`; None is one device. Every worker gets all
+            predictions.
 
     Raises:
         EtfzooError: the model has no head, or another number of classes than the data; or an
@@ -65,7 +65,7 @@ def evaluate(
             f"{source.num_classes}; fine-tune it on this data set first"
         )
     pipeline = evaluation_pipeline(model.spec, source, batch_size)
-    strategy = strategy or tf.distribute.get_strategy()
+    strategy = strategy or get_strategy("one_device")
     check_batch_size(batch_size, strategy)
     progress = Progress(
         f"evaluating {source.name} ({split})",
@@ -73,8 +73,8 @@ def evaluate(
         quiet=not is_chief(strategy),
     )
     with pipeline.naming_corrupt_records(split):
-        batches = step_tf.distribute(strategy, lambda share: pipeline.evaluation(split, share))
-        predictions = predict(step_tf.evaluation_step(model, strategy=strategy), batches, progress)
+        batches = backend.distribute(strategy, lambda share: pipeline.evaluation(split, share))
+        predictions = predict(backend.evaluation_step(model, strategy=strategy), batches, progress)
     progress.finish()
     return predictions
 

@@ -33,6 +33,15 @@ FORMAT = 1
 METADATA = "assets.extra/etfzoo.json"
 
 
+def check_backend() -> None:
+    """Raises EtfzooError where Keras does not run on TensorFlow, which writes SavedModels."""
+    if keras.backend.backend() != "tensorflow":
+        raise EtfzooError(
+            "publishing needs the TensorFlow backend: repeat this with KERAS_BACKEND=tensorflow, "
+            "which reads workdirs of every backend"
+        )
+
+
 def publish(
     model: ImageClassifier,
     directory,
@@ -82,11 +91,7 @@ def publish(
         EtfzooError: not an ImageClassifier, another backend, an existing version, values that are
             not JSON, or a folder that cannot be written; then nothing is left behind.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise EtfzooError(
-            "publishing needs the TensorFlow backend: set KERAS_BACKEND=tensorflow "
-            f"(this is {keras.backend.backend()}) and load the checkpoint there"
-        )
+    check_backend()
     if not isinstance(model, ImageClassifier):
         raise EtfzooError(
             f"only an etfzoo.ImageClassifier can be published; got a {type(model).__name__}"

@@ -9,15 +9,14 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from etfzoo import files, step_tf, weights
+from etfzoo import backend, files, weights
 from etfzoo.classifier import is_head
 from etfzoo.data.pipeline import Pipeline, evaluation_pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.neural_collapse import NeuralCollapseStatistics
 from etfzoo.progress import Progress
-from etfzoo.strategy import is_chief, num_workers
+from etfzoo.strategy import get_strategy, is_chief, num_workers
 
 # To be raised when the same weights and images come to give other features.
 _FORMAT = 1
@@ -40,14 +39,14 @@ class Extractor:
 
     Args:
         model: an ImageClassifier, built under `strategy.scope()`; its head is not used.
-        strategy: a tf.distribute strategy; None is one device.
+        strategy: see `etfzoo.strategy.get_strategy`; None is one device.
     """
 
     def __init__(self, model, strategy=None):
         self.model = model
-        self.strategy = strategy or tf.distribute.get_strategy()
+        self.strategy = strategy or get_strategy("one_device")
         backbone = keras.Model(model.input, model.taps["features"])
-        self._step = step_tf.feature_step(backbone, self.strategy)
+        self._step = backend.feature_step(backbone, self.strategy)
 
     def batches(self, pipeline: Pipeline, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Features float32 `[B, p]` and labels `[B]`; every example once, in the split's order.
@@ -61,7 +60,7 @@ class Extractor:
         title = f"features of the {split} split"
         progress = Progress(title, steps, quiet=not is_chief(self.strategy))
         with pipeline.naming_corrupt_records(split):
-            batches = step_tf.distribute(
+            batches = backend.distribute(
                 self.strategy, lambda share: pipeline.evaluation(split, share)
             )
             for number, (images, labels) in enumerate(batches):

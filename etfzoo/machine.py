@@ -12,7 +12,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from etfzoo import files
-from etfzoo.strategy import num_workers
+from etfzoo.strategy import get_strategy, num_workers
 
 NAME = "machine.json"
 # Where a run reads and writes is nobody's business but its owner's.
@@ -22,15 +22,17 @@ _ROOT = Path(__file__).absolute().parents[1]
 
 def describe(strategy=None) -> str:
     """The devices that a strategy computes on, e.g. `2 x NVIDIA H100` or `AMD EPYC, 2 cores`."""
+    strategy = strategy or get_strategy("one_device")
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return f"TPU, {strategy.num_replicas_in_sync} cores"
-    used = tf.config.get_visible_devices("GPU")[: strategy.num_replicas_in_sync if strategy else 1]
-    if used:
-        names = (tf.config.experimental.get_device_details(g).get("device_name") for g in used)
-        text = ", ".join(f"{n} x {name or 'GPU'}" for name, n in Counter(names).items())
+    if isinstance(strategy, tf.distribute.Strategy):
+        used = tf.config.get_visible_devices("GPU")[: strategy.num_replicas_in_sync]
+        names = [tf.config.experimental.get_device_details(g).get("device_name") for g in used]
     else:
-        text = f"{_processor()}, {os.cpu_count()} cores"
-    workers = num_workers(strategy) if strategy else 1
+        names = strategy.accelerators
+    text = ", ".join(f"{n} x {name or 'GPU'}" for name, n in Counter(names).items())
+    text = text or f"{_processor()}, {os.cpu_count()} cores"
+    workers = num_workers(strategy)
     return f"{workers} machines with {text} each" if workers > 1 else text
 
 

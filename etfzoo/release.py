@@ -56,9 +56,10 @@ def release(
         Path of the version folder.
 
     Raises:
-        EtfzooError: an unfinished training, a name that does not fit the model, a version that
-            exists, or something that cannot be written.
+        EtfzooError: another backend than TensorFlow, an unfinished training, a name that does not
+            fit the model, a version that exists, or something that cannot be written.
     """
+    export.check_backend()
     backbone, method, tag = index.check_name(name)
     if (index_path is None) != (url is None):
         raise EtfzooError(

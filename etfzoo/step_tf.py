@@ -1,6 +1,5 @@
 """One training and one evaluation step on TensorFlow, for any tf.distribute strategy."""
 
-import keras
 import tensorflow as tf
 from keras import ops
 
@@ -217,8 +216,3 @@ def use_full_float32() -> None:
     The switch is TensorFlow's and counts for the whole process; whitening needs it.
     """
     tf.config.experimental.enable_tensor_float_32_execution(False)
-
-
-def is_tensorflow() -> bool:
-    """Whether Keras runs on TensorFlow."""
-    return keras.backend.backend() == "tensorflow"

@@ -12,6 +12,7 @@ import socket
 import time
 import zlib
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -34,7 +35,8 @@ def get_strategy(
 ) -> tf.distribute.Strategy:
     """The strategy of that name; the same object when asked again.
 
-    To be called before TensorFlow computes anything.
+    To be called before TensorFlow computes anything. Under KERAS_BACKEND=jax the result is an
+    `etfzoo.strategy_jax.DataParallel`, which has what is used of a tf.distribute strategy here.
 
     Args:
         name: `"one_device"` (the first GPU, else the CPU), `"mirrored"` (all GPUs of this
@@ -52,6 +54,10 @@ def get_strategy(
         raise unknown("strategy", name, STRATEGIES)
     if num_virtual_devices is not None and name != "mirrored":
         raise EtfzooError("--num_virtual_devices goes with --strategy=mirrored")
+    if _on_jax():
+        from etfzoo import strategy_jax
+
+        return strategy_jax.get_strategy(name, tpu, num_virtual_devices)
     if name == "auto":
         name = best_here(tpu)
     if name == "tpu":
@@ -65,6 +71,10 @@ def get_strategy(
 
 def best_here(tpu: str | None = None) -> str:
     """The name of the strategy that `auto` stands for."""
+    if _on_jax():
+        from etfzoo import strategy_jax
+
+        return strategy_jax.best_here()
     if tpu or _local_tpu():
         return "tpu"
     return "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
@@ -146,6 +156,10 @@ def _largest_over_replicas(values):
     row = tf.one_hot(context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.int64)
     rows = context.all_reduce(tf.distribute.ReduceOp.SUM, row[:, None] * values)
     return tf.reduce_max(rows, axis=0)
+
+
+def _on_jax() -> bool:
+    return keras.backend.backend() == "jax"
 
 
 def _mirrored_strategy(num_virtual_devices):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import evaluation, features, files, machine, neural_collapse, schedules, step_tf
+from etfzoo import backend, evaluation, features, files, machine, neural_collapse, schedules
 from etfzoo.averaging import WeightAverage
 from etfzoo.checkpoint import CheckpointManager
 from etfzoo.classifier import ImageClassifier, build_classifier, replace_head
@@ -61,9 +61,10 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     With several workers, a lost one ends the process: see
     `etfzoo.interruption.leaving_when_a_worker_is_lost`.
     """
-    if not step_tf.is_tensorflow():
+    if keras.backend.backend() not in backend.SUPPORTED:
         raise EtfzooError(
-            f"training needs the TensorFlow backend; KERAS_BACKEND is {keras.backend.backend()}"
+            f"training needs KERAS_BACKEND={' or '.join(backend.SUPPORTED)}; it is "
+            f"{keras.backend.backend()}"
         )
     # First of all what can fail without cost: the device, the workdir, the data, the model.
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
@@ -77,14 +78,14 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
 
 
 def _train(config, workdir, strategy):
-    step_tf.set_determinism(config.deterministic)
+    backend.set_determinism(config.deterministic)
     source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
     # After the data: preparing a data set draws random numbers too, and happens only once.
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         model = make_model(config, source)
-    several = strategy.num_replicas_in_sync > 1
-    step_tf.synchronize(model, several and config.synchronize_norms)
+    if strategy.num_replicas_in_sync > 1:
+        backend.synchronize(model, config.synchronize_norms)
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
     workdir = claim_workdir(config, workdir) if is_chief(strategy) else Path(workdir)
     return _Run(config, workdir, strategy, pipeline, model).train()
@@ -122,7 +123,7 @@ def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
     policy = "float32" if precision == "none" else f"mixed_{precision}"
     size = config.image_size
     if config.norm == "sw":
-        step_tf.use_full_float32()
+        backend.use_full_float32()
     common = {
         "feature_norm": config.feature_norm,
         "scale": config.scale,
@@ -219,7 +220,7 @@ class _Run:
                 )
             self.optimizer.build(model.trainable_variables)
         average = WeightAverage(model, config.ema, strategy) if config.ema else None
-        self.stepper = step_tf.Stepper(
+        self.stepper = backend.Stepper(
             model,
             self.optimizer,
             strategy,
@@ -231,7 +232,7 @@ class _Run:
         )
         # What is evaluated, measured and loaded later; the steps go on with `model`.
         self.model = average.model if average else model
-        self.evaluate = step_tf.evaluation_step(self.model, config.label_smoothing, strategy)
+        self.evaluate = backend.evaluation_step(self.model, config.label_smoothing, strategy)
         if config.neural_collapse_every:
             self.extractor = features.Extractor(self.model, strategy)
         self.checkpoints = CheckpointManager(
@@ -278,7 +279,7 @@ class _Run:
         totals = np.asarray(self.state["totals"])
         start = self.state["step"]
         batches = iter(
-            step_tf.distribute(
+            backend.distribute(
                 self.strategy, lambda share: self.pipeline.training(split, epoch, start, share)
             )
         )
@@ -339,7 +340,7 @@ class _Run:
     def _evaluate(self):
         split = self.config.eval_split
         with self.pipeline.naming_corrupt_records(split):
-            batches = step_tf.distribute(
+            batches = backend.distribute(
                 self.strategy, lambda share: self.pipeline.evaluation(split, share)
             )
             predictions = evaluation.predict(self.evaluate, batches)
@@ -415,7 +416,7 @@ class _Run:
 
 
 def _averages(totals) -> dict[str, float]:
-    loss, right, count = (float(t) for t in totals)
+    loss, right, count = (float(t) for t in np.asarray(totals))
     _check_finite(loss)
     return {"loss": loss / max(count, 1), "top1": right / max(count, 1)}
 

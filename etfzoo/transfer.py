@@ -13,13 +13,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
 from etfzoo import (
+    backend,
     evaluation,
     features,
     files,
     machine,
     neural_collapse,
     search,
-    step_tf,
     training,
 )
 from etfzoo.checkpoint import CheckpointManager
@@ -93,7 +93,7 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=No
     head.kernel.assign(kernel)
     head.bias.assign(bias)
     predictions = evaluation.predict(
-        step_tf.evaluation_step(model), frozen.pipeline.evaluation(config.eval_split)
+        backend.evaluation_step(model), frozen.pipeline.evaluation(config.eval_split)
     )
     result = evaluation.summary(predictions, classes) | {"C": strength}
     for split in ("train", "test"):

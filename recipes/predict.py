@@ -71,7 +71,7 @@ def _predict(model, paths):
     progress = Progress("predicting", len(paths))
     expected = 0
     for numbers, batch in images.batch(FLAGS.batch_size).prefetch(1):
-        probabilities = tf.nn.softmax(tf.cast(model.predict_on_batch(batch), tf.float32))
+        probabilities = tf.nn.softmax(tf.cast(model.predict_on_batch(batch.numpy()), tf.float32))
         found = etfzoo.decode_predictions(model, probabilities, TOP, from_logits=False)
         for number, classes in zip(numbers.numpy(), found, strict=True):
             _unreadable(paths[expected:number])

@@ -1,0 +1,37 @@
+"""Training, evaluation and feature steps on the backend that Keras runs on."""
+
+import keras
+
+SUPPORTED = ("tensorflow", "jax")
+
+if keras.backend.backend() == "jax":
+    from etfzoo.step_jax import (
+        Stepper,
+        distribute,
+        evaluation_step,
+        feature_step,
+        set_determinism,
+        synchronize,
+        use_full_float32,
+    )
+else:
+    from etfzoo.step_tf import (
+        Stepper,
+        distribute,
+        evaluation_step,
+        feature_step,
+        set_determinism,
+        synchronize,
+        use_full_float32,
+    )
+
+__all__ = [
+    "SUPPORTED",
+    "Stepper",
+    "distribute",
+    "evaluation_step",
+    "feature_step",
+    "set_determinism",
+    "synchronize",
+    "use_full_float32",
+]

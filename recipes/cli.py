@@ -215,14 +215,18 @@ def data_dir_flag(config) -> str:
     return f" --data_dir={config.data_dir}" if config.data_dir else ""
 
 
-def parse_numbers(name) -> list[float]:
+def parse_numbers(name, texts=None) -> list[float]:
     """Values of a `numbers` flag.
+
+    Args:
+        name: of the flag.
+        texts: to be read in place of the flag's own.
 
     Raises:
         EtfzooError: one of them is not a number.
     """
     try:
-        return [float(text) for text in FLAGS[name].value]
+        return [float(text) for text in (FLAGS[name].value if texts is None else texts)]
     except ValueError as error:
         raise etfzoo.EtfzooError(f"--{name} takes numbers separated by commas: {error}") from error
 

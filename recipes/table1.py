@@ -27,7 +27,8 @@ QUICK = {
     "protocol": "quickstart",
     "epochs": 3,
     "batch_size": 64,
-    "finetune_epochs": 4,
+    "finetune_epochs": 3,
+    "learning_rate": ["0.002", "0.006", "0.02"],
     "finetune_batch_size": 32,
     "eval_every": 2,
     "jobs": 2,
@@ -87,7 +88,7 @@ def _settings():
         if not FLAGS.dry_run:
             files.make_directory(given["data_dir"])
     rates = {
-        f"{name}s": tuple(cli.parse_numbers(name)) if FLAGS[name].value else ()
+        f"{name}s": tuple(cli.parse_numbers(name, _value(name))) if _value(name) else ()
         for name in ("learning_rate", "source_learning_rate")
     }
     return sweep.Sweep(

@@ -7,6 +7,7 @@ SUPPORTED = ("tensorflow", "jax")
 if keras.backend.backend() == "jax":
     from etfzoo.step_jax import (
         Stepper,
+        device_cache,
         distribute,
         evaluation_step,
         feature_step,
@@ -17,6 +18,7 @@ if keras.backend.backend() == "jax":
 else:
     from etfzoo.step_tf import (
         Stepper,
+        device_cache,
         distribute,
         evaluation_step,
         feature_step,
@@ -28,6 +30,7 @@ else:
 __all__ = [
     "SUPPORTED",
     "Stepper",
+    "device_cache",
     "distribute",
     "evaluation_step",
     "feature_step",

@@ -16,6 +16,7 @@ from etfzoo.strategy import STRATEGIES
 
 SCHEDULES = ("cosine", "step", "constant")
 MIXED_PRECISION = ("none", "bfloat16", "float16")
+CACHES = ("none", "device")
 LEARNING_RATE_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 # What may differ when a run is resumed: where it runs, not what it computes.
@@ -62,6 +63,8 @@ class TrainConfig:
         seed: of initialisation, order, augmentation and the ETF.
         deterministic: whether the backend's ops must repeat bit for bit.
         strategy, tpu, num_virtual_devices: see `etfzoo.strategy.get_strategy`.
+        cache: `device` keeps the decoded images on the device, see `etfzoo.device_cache`, or
+            `none`.
         synchronize_norms: whether norms take their statistics over all replicas.
         steps_per_execution: steps between two looks at the clock, signals and checkpoints.
         jit_compile: whether XLA compiles the step; None: on one GPU, when not deterministic. Under
@@ -115,6 +118,7 @@ class TrainConfig:
     strategy: str = "auto"
     tpu: str | None = None
     num_virtual_devices: int | None = None
+    cache: str = "none"
     synchronize_norms: bool = True
     steps_per_execution: int = 1
     jit_compile: bool | None = None
@@ -136,6 +140,7 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("augment", CROPS),
             ("mixed_precision", MIXED_PRECISION),
+            ("cache", CACHES),
             ("learning_rate_scaling", LEARNING_RATE_SCALING),
         ):
             if getattr(self, name) not in choices:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def pick(
     """Trains candidates on the `fit` split and compares them on `select` by the data's metric.
 
     Every candidate is a workdir of its own below `<workdir>/select`, so a stopped search goes on
-    where it was. `<workdir>/selection.json` tells the scores.
+    where it was; once it is finished its checkpoints are removed. `<workdir>/selection.json` tells
+    the scores.
 
     Args:
         config: the run; its own rate and decay count where no candidates are given.
@@ -76,7 +78,8 @@ def pick(
     with leaving_when_a_worker_is_lost(strategy):
         source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
     metric, given = source.row.metric, len(rates)
-    scores = [_score(trial(c, epochs), workdir, metric) for c in candidates]
+    chief = is_chief(strategy)
+    scores = [_score(trial(c, epochs), workdir, metric, chief) for c in candidates]
     while widen and len(rates) < given + EXTENSIONS:
         # The candidates of one rate stand together, whatever their decays.
         further = beyond(rates, np.reshape(scores, (len(rates), -1)).max(1))
@@ -91,7 +94,7 @@ def pick(
         rates.append(further)
         added = _candidates(config, [further], decays)
         candidates += added
-        scores += [_score(trial(c, epochs), workdir, metric) for c in added]
+        scores += [_score(trial(c, epochs), workdir, metric, chief) for c in added]
     best = candidates[int(np.argmax(scores))]
     if len(rates) > 1 and best.learning_rate in (min(rates), max(rates)):
         log.warning(
@@ -105,7 +108,7 @@ def pick(
         | ({"widened": c.learning_rate not in rates[:given]} if widen else {})
         for c, score in zip(candidates, scores, strict=True)
     ]
-    if is_chief(strategy):
+    if chief:
         files.write_text(Path(workdir) / SELECTION, json.dumps(rows, indent=2) + "\n")
     return best
 
@@ -133,11 +136,14 @@ def folder(workdir, candidate: TrainConfig) -> Path:
     return Path(workdir) / "select" / f"lr{candidate.learning_rate:g}_wd{candidate.weight_decay:g}"
 
 
-def _score(run, workdir, metric):
+def _score(run, workdir, metric, chief):
     candidate = folder(workdir, run)
     print(f"candidate {candidate.name}", flush=True)
     try:
-        return training.train_and_evaluate(run, candidate)[metric]
+        score = training.train_and_evaluate(run, candidate)[metric]
     except TrainingDiverged as error:
         log.warning("%s", error)
         return -math.inf
+    if chief:  # of a search only the scores are needed, and weights take gigabytes
+        shutil.rmtree(candidate / "checkpoints", ignore_errors=True)
+    return score

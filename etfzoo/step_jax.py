@@ -163,6 +163,13 @@ def distribute(strategy, dataset_of):
         yield ahead
 
 
+def device_cache(pipeline, strategy):
+    """The batches of a pipeline made on the devices, see `etfzoo.device_cache`."""
+    from etfzoo.device_cache import DeviceCache  # few runs need it
+
+    return DeviceCache(pipeline, strategy)
+
+
 def evaluation_step(model, label_smoothing=0.0, strategy=None):
     """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
 

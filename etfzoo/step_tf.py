@@ -133,6 +133,11 @@ def distribute(strategy, dataset_of):
     )
 
 
+def device_cache(pipeline, strategy):
+    """Raises EtfzooError: batches are made on the device under JAX only."""
+    raise EtfzooError("--cache=device needs KERAS_BACKEND=jax; leave it out under TensorFlow")
+
+
 def evaluation_step(model, label_smoothing=0.0, strategy=None):
     """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
 

@@ -87,8 +87,9 @@ def _train(config, workdir, strategy):
     if strategy.num_replicas_in_sync > 1:
         backend.synchronize(model, config.synchronize_norms)
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
+    cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
     workdir = claim_workdir(config, workdir) if is_chief(strategy) else Path(workdir)
-    return _Run(config, workdir, strategy, pipeline, model).train()
+    return _Run(config, workdir, strategy, pipeline, model, cache).train()
 
 
 def check_workdir(config: TrainConfig, workdir) -> None:
@@ -200,7 +201,7 @@ def _corrupt_keys(config, source, path, chief) -> tuple[int, ...]:
 class _Run:
     """One run: the loop and its state."""
 
-    def __init__(self, config, workdir, strategy, pipeline, model):
+    def __init__(self, config, workdir, strategy, pipeline, model, cache):
         self.config = config
         self.workdir = workdir
         self.strategy = strategy
@@ -233,6 +234,7 @@ class _Run:
         # What is evaluated, measured and loaded later; the steps go on with `model`.
         self.model = average.model if average else model
         self.evaluate = backend.evaluation_step(self.model, config.label_smoothing, strategy)
+        self.cache = cache
         if config.neural_collapse_every:
             self.extractor = features.Extractor(self.model, strategy)
         self.checkpoints = CheckpointManager(
@@ -278,11 +280,7 @@ class _Run:
         progress = Progress(title, self.steps, quiet=not self.chief)
         totals = np.asarray(self.state["totals"])
         start = self.state["step"]
-        batches = iter(
-            backend.distribute(
-                self.strategy, lambda share: self.pipeline.training(split, epoch, start, share)
-            )
-        )
+        batches = iter(self._batches("training", split, epoch, start))
         while self.state["step"] < self.steps:
             count = min(self.config.steps_per_execution, self.steps - self.state["step"])
             with self.pipeline.naming_corrupt_records(split, epoch, self.state["step"]):
@@ -299,6 +297,13 @@ class _Run:
         self._finish_epoch(totals, progress)
         if self._stopping(stop):
             self._stop(np.zeros(3))
+
+    def _batches(self, kind, *which):
+        """Global batches of `Pipeline.training` or `Pipeline.evaluation`."""
+        if self.cache is not None:
+            return getattr(self.cache, kind)(*which)
+        batches = getattr(self.pipeline, kind)
+        return backend.distribute(self.strategy, lambda share: batches(*which, share=share))
 
     def _stopping(self, stop, votes=None) -> bool:
         """Whether a signal arrived; with several workers, at any of them by the same step."""
@@ -340,10 +345,7 @@ class _Run:
     def _evaluate(self):
         split = self.config.eval_split
         with self.pipeline.naming_corrupt_records(split):
-            batches = backend.distribute(
-                self.strategy, lambda share: self.pipeline.evaluation(split, share)
-            )
-            predictions = evaluation.predict(self.evaluate, batches)
+            predictions = evaluation.predict(self.evaluate, self._batches("evaluation", split))
         return evaluation.summary(predictions, self.model.spec.num_classes)
 
     def _neural_collapse(self):

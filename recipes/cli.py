@@ -114,6 +114,7 @@ def training_flags(protocol):
     strategy_flags()
     boolean("Machine", "synchronize_norms", True, "norm statistics over all replicas")
     string("Machine", "mixed_precision", "none", "none, bfloat16 or float16 (with loss scaling)")
+    string("Machine", "cache", "none", "device: decoded images live on the device (JAX); or none")
     integer("Machine", "steps_per_execution", 1, "steps between two looks at signals and the clock")
     boolean(
         "Machine", "jit_compile", None, "compile with XLA (default: one GPU, --nodeterministic)"

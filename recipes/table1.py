@@ -27,10 +27,10 @@ QUICK = {
     "protocol": "quickstart",
     "epochs": 3,
     "batch_size": 64,
-    "finetune_epochs": 3,
+    "finetune_epochs": 2,
     "learning_rate": ["0.002", "0.006", "0.02"],
     "finetune_batch_size": 32,
-    "eval_every": 2,
+    "eval_every": 3,
     "jobs": 2,
 }
 SETTINGS = (

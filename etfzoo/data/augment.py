@@ -85,19 +85,20 @@ def check_size(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
         return tf.identity(encoded)
 
 
-def _decode_window(encoded, is_jpeg, top, left, height, width):
+def _decode_window(encoded, window):
     """The given window as uint8; a JPEG's other rows and columns are not decoded."""
-    window = tf.stack([top, left, height, width])
+    top, left, height, width = tf.unstack(window)
     return tf.cond(
-        is_jpeg,
+        tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=3),
         lambda: tf.slice(decode(encoded), [top, left, 0], [height, width, 3]),
     )
 
 
-def _shape(encoded, is_jpeg):
+def image_shape(encoded: tf.Tensor) -> tf.Tensor:
+    """Height, width and channels of an encoded image, int32; of a JPEG without decoding it."""
     return tf.cond(
-        is_jpeg,
+        tf.io.is_jpeg(encoded),
         lambda: tf.image.extract_jpeg_shape(encoded),
         lambda: tf.shape(decode(encoded)),
     )
@@ -123,25 +124,27 @@ def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    is_jpeg = tf.io.is_jpeg(encoded)
-    window = _evaluation_window(_shape(encoded, is_jpeg), height, width, crop)
-    return _resize(_decode_window(encoded, is_jpeg, *window), height, width)
+    window = evaluation_window(image_shape(encoded), height, width, crop)
+    return _resize(_decode_window(encoded, window), height, width)
 
 
 def evaluation_pixels(image: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
     """As `evaluation_image`, of a decoded image `[H, W, 3]` in 0..255."""
-    top, left, rows, columns = _evaluation_window(tf.shape(image), height, width, crop)
+    top, left, rows, columns = tf.unstack(evaluation_window(tf.shape(image), height, width, crop))
     return _resize(tf.slice(image, [top, left, 0], [rows, columns, 3]), height, width)
 
 
-def _evaluation_window(shape, height, width, crop):
-    """Top, left, height and width of what evaluation keeps of an image."""
+def evaluation_window(shape: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
+    """Top, left, height and width of what evaluation keeps of an image, int32 `[4]`.
+
+    Args:
+        shape: of the image, int32 `[H, W, ...]`.
+        height, width, crop: see `evaluation_image`.
+    """
     shape = tf.cast(shape[:2], tf.float32)
     scale = crop * tf.minimum(shape[0] / height, shape[1] / width)
     size = tf.clip_by_value(tf.round(scale * [float(height), float(width)]), 1.0, shape)
-    offset = tf.cast((shape - size) / 2, tf.int32)
-    size = tf.cast(size, tf.int32)
-    return offset[0], offset[1], size[0], size[1]
+    return tf.cast(tf.concat([(shape - size) / 2, size], 0), tf.int32)
 
 
 def training_image(
@@ -164,11 +167,43 @@ def training_image(
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
+    window, shift, flip = draw(image_shape(encoded), key, height, width, augmentation, crop)
+    image = _resize(_decode_window(encoded, window), height, width)
+    if augmentation.crop == "shift":
+        pad_h, pad_w = padding(height, width)
+        image = tf.pad(image, [[pad_h, pad_h], [pad_w, pad_w], [0, 0]])
+        image = tf.slice(image, [shift[0], shift[1], 0], [height, width, 3])
+    if augmentation.flip:
+        image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
+    if augmentation.rand_augment:
+        image = rand_augment(image, key, augmentation.rand_augment)
+    return image
+
+
+def draw(
+    shape: tf.Tensor,
+    key: tf.Tensor,
+    height: int,
+    width: int,
+    augmentation: Augmentation,
+    crop: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What is drawn for a training image, but for RandAugment.
+
+    Args:
+        shape: of the image, int32 `[H, W, ...]`.
+        key, height, width, augmentation, crop: see `training_image`.
+
+    Returns:
+        `window`: int32 `[4]`, top, left, height and width of what is resized; `shift`: int32
+        `[2]`, top and left of what is then kept of the padded image, where the crop is `"shift"`;
+        `flip`: whether the image is mirrored.
+    """
     crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
+    shift = tf.zeros([2], tf.int32)
     if augmentation.crop == "resized_crop":
-        is_jpeg = tf.io.is_jpeg(encoded)
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-            _shape(encoded, is_jpeg),
+            shape,
             bounding_boxes=tf.zeros([1, 0, 4]),
             seed=crop_key,
             min_object_covered=0.0,
@@ -177,17 +212,22 @@ def training_image(
             max_attempts=10,
             use_image_if_no_bounding_boxes=True,
         )
-        image = _decode_window(encoded, is_jpeg, begin[0], begin[1], size[0], size[1])
-        image = _resize(image, height, width)
+        window = tf.concat([begin[:2], size[:2]], 0)
     elif augmentation.crop == "shift":
-        image = evaluation_image(encoded, height, width, crop=1.0)
-        pad_h, pad_w = height // 8, width // 8
-        image = tf.pad(image, [[pad_h, pad_h], [pad_w, pad_w], [0, 0]])
-        image = tf.image.stateless_random_crop(image, [height, width, 3], seed=crop_key)
+        window = evaluation_window(shape, height, width, crop=1.0)
+        positions = 2 * tf.constant(padding(height, width)) + 1
+        # Of three numbers, of which the channels' is not used: what
+        # tf.image.stateless_random_crop draws.
+        numbers = tf.random.stateless_uniform([3], crop_key, 0, tf.int32.max, tf.int32)
+        shift = numbers[:2] % positions
     else:
-        image = evaluation_image(encoded, height, width, crop)
+        window = evaluation_window(shape, height, width, crop)
+    flip = tf.constant(False)
     if augmentation.flip:
-        image = tf.image.stateless_random_flip_left_right(image, seed=flip_key)
-    if augmentation.rand_augment:
-        image = rand_augment(image, key, augmentation.rand_augment)
-    return image
+        flip = tf.random.stateless_uniform([], flip_key) < 0.5
+    return window, shift, flip
+
+
+def padding(height: int, width: int) -> tuple[int, int]:
+    """Black rows and columns on each side of an image that is shifted."""
+    return height // 8, width // 8

@@ -65,6 +65,7 @@ class Pipeline:
         self.corrupt = corrupt
         self.mixing = mixing or Mixing()
         self.preprocessing = (height, width, crop)  # of evaluation
+        self.augmentation = augmentation
         # Traced once here, so that making an epoch's data set costs milliseconds.
         self._train = tf.function(
             lambda encoded, key: augment.training_image(
@@ -106,40 +107,58 @@ class Pipeline:
             EtfzooError: mixing, and an odd number of images for a replica.
         """
         self.mixing.check_batch_size(self.batch_size, share.replicas if share else 1)
-        order, draws = self._epoch_seeds(epoch)
-        records = self._records(split, order).skip(start_step * self.batch_size)
-        if share is not None:
-            whole = (self.size(split) // self.batch_size - start_step) * self.batch_size
-            records = self._shared(records.take(whole), share)
+        seed = self.draw_seed(epoch)
 
         def example(record):
-            key = tf.stack([tf.constant(draws, tf.int32), tf.cast(record["key"], tf.int32)])
+            key = seed(record)
             image = tf.cast(self._train(record["image"], key), tf.uint8)
             if not self.mixing:
                 return image, record["label"]
             return image, record["label"], self._draw(key)
 
+        records = self.training_records(split, epoch, start_step, share)
         examples = records.map(example, tf.data.AUTOTUNE)
         if self.mixing:
             pairs = examples.batch(2, drop_remainder=True)
             examples = pairs.map(self._mix, tf.data.AUTOTUNE).unbatch()
-        return self._batch(examples, share, drop_remainder=True)
+        return self.batched(examples, share, drop_remainder=True)
+
+    def training_records(
+        self, split: str, epoch: int, start_step: int = 0, share: Share | None = None
+    ) -> tf.data.Dataset:
+        """The records that `training` makes its images of, in its order."""
+        records = self._records(split, self._epoch_seeds(epoch)[0])
+        records = records.skip(start_step * self.batch_size)
+        if share is not None:
+            whole = (self.size(split) // self.batch_size - start_step) * self.batch_size
+            records = self._shared(records.take(whole), share)
+        return records
+
+    def draw_seed(self, epoch: int):
+        """A function from a record to the stateless seed, int32 `[2]`, of its draws in an epoch."""
+        draws = tf.constant(self._epoch_seeds(epoch)[1], tf.int32)
+        return lambda record: tf.stack([draws, tf.cast(record["key"], tf.int32)])
 
     def evaluation(self, split: str, share: Share | None = None) -> tf.data.Dataset:
         """All examples of a split or role, in file order; the last batch may be smaller.
 
         With a share all batches are whole: the last one is filled up with images of label -1.
         """
+
+        def example(record):
+            return tf.cast(self._evaluate(record["image"]), tf.uint8), record["label"]
+
+        examples = self.evaluation_records(split, share).map(example, tf.data.AUTOTUNE)
+        return self.batched(examples, share, drop_remainder=False)
+
+    def evaluation_records(self, split: str, share: Share | None = None) -> tf.data.Dataset:
+        """The records that `evaluation` makes its images of, in its order."""
         records = self._records(split)
         if share is not None:
             fill = records.take(1).repeat(-self.size(split) % self.batch_size)
             fill = fill.map(lambda record: record | {"label": tf.constant(-1, tf.int32)})
             records = self._shared(records.concatenate(fill), share)
-
-        def example(record):
-            return tf.cast(self._evaluate(record["image"]), tf.uint8), record["label"]
-
-        return self._batch(records.map(example, tf.data.AUTOTUNE), share, drop_remainder=False)
+        return records
 
     def fingerprint(self, split: str) -> str:
         """SHA-256 of the encoded images and labels of a split or role, in file order."""
@@ -200,7 +219,8 @@ class Pipeline:
 
         return records.enumerate().filter(mine).map(lambda number, record: record)
 
-    def _batch(self, examples, share, drop_remainder):
+    def batched(self, examples, share: Share | None, drop_remainder: bool) -> tf.data.Dataset:
+        """Batches of a share of examples, prefetched; in the order of the examples."""
         options = tf.data.Options()
         options.deterministic = True
         size = self.batch_size // (share.replicas if share else 1)

@@ -2,7 +2,8 @@
 
 A source knows its classes and splits, and yields records `{image, label, key, record}`: the
 encoded bytes, the class number, a number that identifies the example for ever (the seed of its
-augmentation) and its readable name (for error messages).
+augmentation) and its readable name (for error messages); where the source is held in memory also
+`index`, its place in file order.
 """
 
 import dataclasses
@@ -159,12 +160,12 @@ def _in_memory(records: tf.data.Dataset) -> dict:
 
 
 def ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.data.Dataset:
-    """Records from columns in memory, in the given order or in that of a seed."""
+    """Records from columns in memory, in the given order or in that of a seed, with `index`."""
     order = np.arange(len(columns["record"]))
     if shuffle_seed is not None:
         order = np.random.RandomState(shuffle_seed).permutation(order)
     return tf.data.Dataset.from_tensor_slices(order).map(
-        lambda i: {name: tf.gather(column, i) for name, column in columns.items()}
+        lambda i: {"index": i} | {name: tf.gather(c, i) for name, c in columns.items()}
     )
 
 

@@ -1,5 +1,7 @@
 """One training and one evaluation step on JAX, compiled once for all devices of a strategy."""
 
+import itertools
+
 import jax
 import keras
 import numpy as np
@@ -161,6 +163,21 @@ def distribute(strategy, dataset_of):
         ahead = batch
     if ahead is not None:
         yield ahead
+
+
+def repeated(strategy, *batch):
+    """Endless batches on a strategy's devices, all equal.
+
+    Args:
+        strategy: an `etfzoo.strategy_jax.DataParallel`.
+        *batch: arrays of a global batch.
+    """
+    return itertools.repeat(_placed(batch, strategy))
+
+
+def device_memory(strategy) -> int:
+    """Peak bytes that JAX took of a strategy's first device; 0 where it does not tell, as a CPU."""
+    return (strategy.devices[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def device_cache(pipeline, strategy):

@@ -133,6 +133,26 @@ def distribute(strategy, dataset_of):
     )
 
 
+def repeated(strategy, *batch):
+    """Endless batches on a strategy's devices, all equal: to each replica the same share of one.
+
+    Args:
+        strategy: a tf.distribute strategy.
+        *batch: arrays of a global batch.
+    """
+    size = len(batch[0]) // strategy.num_replicas_in_sync
+    share = tuple(tf.constant(values[:size]) for values in batch)
+    data = tf.data.Dataset.from_tensors(share).repeat().prefetch(2)
+    return iter(distribute(strategy, lambda _: data))
+
+
+def device_memory(strategy) -> int:
+    """Peak bytes that TensorFlow took of the first GPU; 0 where it computes elsewhere."""
+    if not tf.config.list_logical_devices("GPU"):
+        return 0
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
 def device_cache(pipeline, strategy):
     """Raises EtfzooError: batches are made on the device under JAX only."""
     raise EtfzooError("--cache=device needs KERAS_BACKEND=jax; leave it out under TensorFlow")

@@ -12,15 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import backend, evaluation, features, files, machine, neural_collapse, schedules
+from etfzoo import backend, evaluation, features, files, machine, neural_collapse
+from etfzoo.assembly import make_model, make_optimizer, make_pipeline, make_stepper, mixing
 from etfzoo.averaging import WeightAverage
 from etfzoo.checkpoint import CheckpointManager
-from etfzoo.classifier import ImageClassifier, build_classifier, replace_head
 from etfzoo.config import TrainConfig
-from etfzoo.data.augment import Augmentation
-from etfzoo.data.mixing import Mixing
-from etfzoo.data.pipeline import Pipeline, find_corrupt
-from etfzoo.data.sources import Source, resolve
+from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.interruption import Stopped, StopRequest, leaving_when_a_worker_is_lost
 from etfzoo.progress import Progress
@@ -69,7 +66,7 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     # First of all what can fail without cost: the device, the workdir, the data, the model.
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     check_batch_size(config.batch_size, strategy)
-    _mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
+    mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     check_workdir(config, workdir)
     finished = finished_result(workdir)
     with leaving_when_a_worker_is_lost(strategy):
@@ -118,86 +115,6 @@ def finished_result(workdir) -> dict | None:
     return files.read_json(path) if path.exists() else None
 
 
-def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
-    """The classifier that a configuration starts from."""
-    precision = config.mixed_precision
-    policy = "float32" if precision == "none" else f"mixed_{precision}"
-    size = config.image_size
-    if config.norm == "sw":
-        backend.use_full_float32()
-    common = {
-        "feature_norm": config.feature_norm,
-        "scale": config.scale,
-        "seed": config.seed,
-        "input_shape": (size, size, 3),
-        "crop": config.crop,
-        "class_names": source.class_names,
-        "dtype": policy,
-    }
-    try:
-        if config.init is not None:
-            from etfzoo import zoo
-
-            return replace_head(zoo.load(config.init), source.num_classes, config.head, **common)
-        return build_classifier(
-            config.backbone,
-            source.num_classes,
-            config.head,
-            config.norm,
-            mean=config.mean,
-            std=config.std,
-            **common,
-        )
-    except EtfzooError:
-        raise
-    except ValueError as error:  # no ETF of these sizes
-        raise EtfzooError(str(error)) from error
-
-
-def make_pipeline(
-    config: TrainConfig, source: Source, model, workdir, chief: bool = True
-) -> Pipeline:
-    """The pipeline of a configuration; checks that there is something to train on."""
-    corrupt = ()
-    if config.skip_corrupt:
-        corrupt = _corrupt_keys(config, source, Path(workdir) / "corrupt.json", chief)
-    pipeline = Pipeline(
-        source,
-        *model.spec.input_shape[:2],
-        model.spec.crop,
-        config.batch_size,
-        Augmentation(config.augment, config.min_area, config.flip, config.rand_augment),
-        config.seed,
-        corrupt,
-        _mixing(config),
-    )
-    size = pipeline.size(config.train_split)
-    if size < config.batch_size:
-        raise EtfzooError(
-            f"the training split of {source.name} has {size} images, fewer than one batch; "
-            f"pass --batch_size={max(1, size // 4)} or less"
-        )
-    if pipeline.size(config.eval_split) == 0:
-        raise EtfzooError(f"the evaluation split of {source.name} is empty")
-    return pipeline
-
-
-def _mixing(config):
-    return Mixing(config.mixup, config.cutmix)
-
-
-def _corrupt_keys(config, source, path, chief) -> tuple[int, ...]:
-    if path.exists():
-        corrupt = {int(key): name for key, name in files.read_json(path).items()}
-    else:
-        corrupt = find_corrupt(source, (config.train_split, config.eval_split))
-    if chief:
-        files.make_directory(path.parent)
-        files.write_text(path, json.dumps({str(k): v for k, v in corrupt.items()}, indent=2))
-        log.warning("left out %d corrupt images, listed in %s", len(corrupt), path)
-    return tuple(corrupt)
-
-
 class _Run:
     """One run: the loop and its state."""
 
@@ -208,29 +125,9 @@ class _Run:
         self.chief = is_chief(strategy)
         self.pipeline = pipeline
         self.steps = pipeline.size(config.train_split) // config.batch_size
-        with strategy.scope():
-            self.optimizer = keras.optimizers.SGD(
-                schedules.learning_rate(config, self.steps),
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                name="sgd",  # variable paths must not depend on what was built before
-            )
-            if config.mixed_precision == "float16":
-                self.optimizer = keras.optimizers.LossScaleOptimizer(
-                    self.optimizer, name="loss_scale"
-                )
-            self.optimizer.build(model.trainable_variables)
+        self.optimizer = make_optimizer(config, self.steps, model, strategy)
         average = WeightAverage(model, config.ema, strategy) if config.ema else None
-        self.stepper = backend.Stepper(
-            model,
-            self.optimizer,
-            strategy,
-            config.weight_decay,
-            config.label_smoothing,
-            config.decay_all,
-            False if config.deterministic else config.jit_compile,
-            average,
-        )
+        self.stepper = make_stepper(config, model, self.optimizer, strategy, average)
         # What is evaluated, measured and loaded later; the steps go on with `model`.
         self.model = average.model if average else model
         self.evaluate = backend.evaluation_step(self.model, config.label_smoothing, strategy)

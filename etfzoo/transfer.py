@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
 from etfzoo import (
+    assembly,
     backend,
     evaluation,
     features,
@@ -164,8 +165,8 @@ class _Frozen:
                 raise EtfzooError(f"{workdir} holds a run that is not {what}; choose another")
             return cls(config, Path(workdir), finished)
         source = resolve(config.dataset, config.data_dir)
-        model = training.make_model(config, source)
-        pipeline = training.make_pipeline(config, source, model, workdir)
+        model = assembly.make_model(config, source)
+        pipeline = assembly.make_pipeline(config, source, model, workdir)
         workdir = training.claim_workdir(config, workdir)
         return cls(config, workdir, None, source, model, pipeline, time.monotonic())
 

@@ -154,6 +154,42 @@ def open_strategy(settings):
     return get_strategy(settings.strategy, settings.tpu, settings.num_virtual_devices)
 
 
+def profile_flag():
+    """Whether a run is measured and not made."""
+    boolean(
+        "Machine",
+        "profile",
+        False,
+        "only measure what the run would wait for: step or images",
+    )
+
+
+def print_profile(config):
+    """Measures a run without writing anything, and says what it waits for."""
+    from etfzoo import throughput
+
+    print("measuring the input, the step and both; this takes a minute or two", flush=True)
+    rates = throughput.profile(config)
+    for name, says in (
+        ("input", "images delivered, with nobody taking time for them"),
+        ("step", "steps on one batch that the device holds"),
+        ("training", "steps on delivered images, as in a run"),
+    ):
+        r = rates[name]
+        print(f"  {r.median:9.1f} images/s ({r.lowest:.1f} to {r.highest:.1f}): {says}")
+    ready, step, both = (rates[name].median for name in ("input", "step", "training"))
+    lost = max(0.0, 1 - both / step)
+    if ready < step:
+        print(
+            f"input-bound: the step could take {step / ready:.1f} times the images that arrive. "
+            "Give the host more cores, store smaller images, or try --cache=device with JAX."
+        )
+    else:
+        print(f"not input-bound: images arrive {ready / step:.1f} times as fast as they are used")
+    if lost >= 0.02:
+        print(f"{100 * lost:.0f} % of the step's rate is lost to the input")
+
+
 def train_config(task, **known):
     """The TrainConfig that the flags describe.
 

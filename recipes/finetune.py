@@ -39,6 +39,9 @@ def main():
         result = transfer.knn(config, workdir, feature_cache=FLAGS.feature_cache or None)
     elif FLAGS.mode == "full":
         cli.print_assumed(config, "finetune")
+        if FLAGS.profile:
+            cli.print_profile(config)
+            return
         result = transfer.finetune(config, workdir, rates, decays, FLAGS.widen)
     else:
         raise etfzoo.EtfzooError(f"--mode is full, linear_probe or knn; got {FLAGS.mode!r}")
@@ -65,4 +68,5 @@ if __name__ == "__main__":
     cli.numbers("Training", "learning_rate", None, "one, or several to pick from")
     cli.numbers("Training", "weight_decay", None, "one, or several to pick from")
     cli.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")
+    cli.profile_flag()
     cli.run(main, __doc__)

@@ -35,6 +35,9 @@ def main():
         flush=True,
     )
     cli.print_assumed(config, "pretrain")
+    if FLAGS.profile:
+        cli.print_profile(config)
+        return
     config = search.pick(config, workdir, rates, (), FLAGS.widen, FLAGS.search_epochs)
     result = training.train_and_evaluate(config, workdir)
     print(
@@ -58,4 +61,5 @@ if __name__ == "__main__":
     cli.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")
     cli.integer("Training", "search_epochs", None, "epochs of each of several (default: --epochs)")
     cli.real("Training", "weight_decay", None, "L2 added to the gradient before momentum")
+    cli.profile_flag()
     cli.run(main, __doc__)

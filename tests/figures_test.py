@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +16,9 @@ from etfzoo.errors import EtfzooError
 from etfzoo.features import extract
 from etfzoo.neural_collapse import NeuralCollapseStatistics
 from etfzoo.random_features import RidgeRegression
-from testing import CHECKOUT, leftovers, make_classifier
+from testing import leftovers, make_classifier, run_recipe
 
 TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
-
-
-def run(recipe, *flags, code=0, cwd=None):
-    process = subprocess.run(
-        [sys.executable, str(CHECKOUT / "recipes" / f"{recipe}.py"), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
-    )
-    assert process.returncode == code, f"{process.stdout}\n{process.stderr}"
-    if code:
-        assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
-    return process.stdout + process.stderr
 
 
 def table(path):
@@ -57,7 +39,7 @@ def assert_picture(path, wider_than):
 def test_figure2_of_made_data(tmp_path):
     flags = ("--dataset=gaussian", "--a2=1,0,-1", "--draws=2", "--projections=gaussian,etf")
     flags += ("--num_features=60", f"--output={tmp_path}")
-    out = run("figure2", *flags)
+    out = run_recipe("figure2", *flags)
     assert "gaussian W, validated gamma" in out and "etf W, fixed gamma" in out
     assert_picture(tmp_path / "figure2.png", 1000)
     rows = table(tmp_path / "figure2.csv")
@@ -86,7 +68,7 @@ def test_figure2_of_made_data(tmp_path):
     lost = sorted(kept)[1]
     (tmp_path / "draws" / lost).unlink()
     before = (tmp_path / "figure2.csv").read_bytes()
-    run("figure2", *flags)
+    run_recipe("figure2", *flags)
     assert (tmp_path / "figure2.csv").read_bytes() == before
     again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "draws").iterdir()}
     assert [name for name in kept if again[name] != kept[name]] == [lost]
@@ -112,7 +94,7 @@ def test_figure2_of_made_data(tmp_path):
     ],
 )
 def test_bad_flags(tmp_path, recipe, flags, message):
-    assert message in run(recipe, *flags, code=2, cwd=tmp_path)
+    assert message in run_recipe(recipe, *flags, code=2, cwd=tmp_path)
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.npz"))
 
 
@@ -184,7 +166,7 @@ def test_panels_of_a_heatmap(size, blocks):
 def pretrained(embedded_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pretrained") / "etf"
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", "--backbone=rn18", *TINY)
-    run("pretrain", "--head=etf", *flags, f"--workdir={workdir}")
+    run_recipe("pretrain", "--head=etf", *flags, f"--workdir={workdir}")
     return workdir
 
 
@@ -196,7 +178,7 @@ def test_figures_of_a_trained_model(pretrained, embedded_dir, tmp_path):
     train, test = (extract(frozen, source, split) for split in ("train", "test"))
 
     flags = ("--a2=0,1", "--projections=haar", "--draws=2", f"--output={tmp_path / 'two'}")
-    run("figure2", f"--model={pretrained}", *data, *flags)
+    run_recipe("figure2", f"--model={pretrained}", *data, *flags)
     assert_picture(tmp_path / "two" / "figure2.png", 1000)
     # With a = 0 and a square Haar W it is plain ridge regression on the features.
     scale = np.sqrt(np.mean(np.square(train[0] - train[0].mean(0))))
@@ -209,7 +191,7 @@ def test_figures_of_a_trained_model(pretrained, embedded_dir, tmp_path):
 
     # Figure 3 fine-tunes the model itself; started again it takes what is there.
     flags = (*data, *TINY, "--learning_rate=0.01", f"--workdir={tmp_path / 'three'}")
-    out = run("figure3", f"--models={pretrained}", *flags)
+    out = run_recipe("figure3", f"--models={pretrained}", *flags)
     assert "fine-tuning" in out and "frozen, trSW/trSB: etf" in out
     tuned = tmp_path / "three" / "finetuned" / "etf"
     rows = table(tmp_path / "three" / "figure3.csv")
@@ -226,7 +208,7 @@ def test_figures_of_a_trained_model(pretrained, embedded_dir, tmp_path):
 
     # The fine-tuning's own workdir, twice, gives the same numbers under other names.
     again = tmp_path / "again"
-    out = run(
+    out = run_recipe(
         "figure3", f"--models={tuned},{tuned}", "--names=one,two", *data, f"--workdir={again}"
     )
     assert "fine-tuning" not in out and not (again / "finetuned").exists()
@@ -235,7 +217,7 @@ def test_figures_of_a_trained_model(pretrained, embedded_dir, tmp_path):
         assert float(row["tr_c_over_p"]) == pytest.approx(float(same["tr_c_over_p"]), rel=1e-6)
     assert_picture(again / "figure3.png", 1000)
     other = ("--dataset=digits", f"--data_dir={embedded_dir}", f"--workdir={tmp_path / 'no'}")
-    out = run("figure3", f"--models={tuned}", *other, code=2)
+    out = run_recipe("figure3", f"--models={tuned}", *other, code=2)
     assert "was fine-tuned on shapes/outlines, not on digits" in out
     assert leftovers(tmp_path / "no") == []
 
@@ -246,6 +228,6 @@ def test_figure3_refuses_probes_and_unfinished_runs(tmp_path):
 
     TrainConfig(dataset="digits", init="somewhere", head="linear").save(tmp_path / "config.json")
     flags = (f"--models={tmp_path}", "--dataset=digits", f"--workdir={tmp_path / 'out'}")
-    assert "is not finished" in run("figure3", *flags, code=2)
+    assert "is not finished" in run_recipe("figure3", *flags, code=2)
     Path(tmp_path / "result.json").write_text('{"top1": 0.5, "C": 0.1}')
-    assert "is a probe" in run("figure3", *flags, code=2)
+    assert "is a probe" in run_recipe("figure3", *flags, code=2)

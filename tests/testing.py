@@ -64,6 +64,22 @@ def fresh_python(code, *args, **environment):
     return process.stdout
 
 
+def run_recipe(recipe, *flags, code=0, cwd=None):
+    """Runs a recipe as a user does; returns what it printed. A bad end must be one line."""
+    process = subprocess.run(
+        [sys.executable, str(CHECKOUT / "recipes" / f"{recipe}.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+    )
+    assert process.returncode == code, f"{recipe} ended with {process.returncode}:\n{process}"
+    if code:
+        assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process
+    return process.stdout + process.stderr
+
+
 def randomize(model, seed=0, fixed=False):
     """Brings a model into a state that no initializer gives; an ETF's kernel only if `fixed`."""
     rng = np.random.default_rng(seed)

@@ -168,8 +168,8 @@ def print_profile(config):
     """Measures a run without writing anything, and says what it waits for."""
     from etfzoo import throughput
 
-    print("measuring the input, the step and both; this takes a minute or two", flush=True)
-    rates = throughput.profile(config)
+    print("measuring the input, the step and both; this takes a minute", flush=True)
+    rates = throughput.profile(config, seconds=2)
     for name, says in (
         ("input", "images delivered, with nobody taking time for them"),
         ("step", "steps on one batch that the device holds"),

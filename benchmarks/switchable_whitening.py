@@ -19,10 +19,9 @@ import os
 import re
 import sys
 import tempfile
-import time
-from subprocess import PIPE, Popen
 
 import numpy as np
+from taking_turns import Worker, cpu_seconds, load_tensorflow, medians, serve
 
 SHAPES = ((32, 56, 56, 64), (32, 28, 28, 256), (32, 14, 14, 1024))
 MEMORY_SHAPE = (32, 112, 112, 64)
@@ -33,33 +32,11 @@ GROUP_SIZE, ITERATIONS, EPSILON = 16, 5, 1e-5  # the layer's defaults
 EXACT_MEMORY = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def serve(version, measure):
-    """Says the version, then the measured number of each case that is named on stdin."""
-    print(version, flush=True)
-    for line in sys.stdin:
-        print(measure(line.strip()), flush=True)
-
-
-def cpu_seconds(work, *args):
-    start = time.process_time()
-    work(*args)
-    return time.process_time() - start
-
-
 def example(shape):
     """Maps with correlated channels and a mean for each sample, and a gradient of the output."""
     rng, (n, h, w, c) = np.random.RandomState(0), shape
     x = rng.randn(*shape) + rng.randn(n, h, w, 1) + rng.randn(n, 1, 1, c)
     return x.astype(np.float32), rng.randn(*shape).astype(np.float32)
-
-
-def load_tensorflow():
-    """TensorFlow on one thread."""
-    import tensorflow as tf
-
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    return tf
 
 
 def tensorflow_layer(name, channels):
@@ -194,40 +171,10 @@ def serve_steps(folder):
     serve(tf.__version__, lambda case: cpu_seconds(*works[case]))
 
 
-class Worker:
-    """A process that measures when told to."""
-
-    def __init__(self, child, folder, python=sys.executable, **environment):
-        self.errors = tempfile.TemporaryFile("w+")
-        command = [python, __file__, f"--child={child}", f"--folder={folder}"]
-        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | environment
-        self.process = Popen(
-            command, env=environment, stdin=PIPE, stdout=PIPE, stderr=self.errors, text=True
-        )
-        self.version = self._answer()
-
-    def ask(self, case):
-        print(case, file=self.process.stdin, flush=True)
-        return float(self._answer())
-
-    def _answer(self):
-        answer = self.process.stdout.readline().strip()
-        if not answer:
-            self.errors.seek(0)
-            sys.exit(f"the measuring process ended:\n{self.errors.read()}")
-        return answer
-
-
-def medians(workers, case, rounds):
-    """Milliseconds by candidate: the median over rounds in which they take turns."""
-    times = [[w.ask(f"{name} {case}") for name, w in workers.items()] for _ in range(rounds)]
-    return dict(zip(workers, 1e3 * np.median(times, axis=0), strict=True))
-
-
 def compare_layers(folder, args):
-    workers = dict.fromkeys(("sw", "bn"), Worker("serve_layers", folder))
+    workers = dict.fromkeys(("sw", "bn"), Worker(__file__, "serve_layers", folder))
     print(f"TensorFlow {workers['sw'].version}", flush=True)
-    torch = Worker("serve_torch", folder, args.torch_python)
+    torch = Worker(__file__, "serve_torch", folder, args.torch_python)
     if torch.version != "missing":
         workers["torch"] = torch
         for number, shape in enumerate(SHAPES):
@@ -249,12 +196,12 @@ def compare_layers(folder, args):
 def compare_memory(folder, args):
     print(f"peak beyond the inputs at {MEMORY_SHAPE}, in units of the input:")
     for name in ("sw", "bn"):
-        worker = Worker("serve_memory", folder, **EXACT_MEMORY)
+        worker = Worker(__file__, "serve_memory", folder, **EXACT_MEMORY)
         print(f"{name} {worker.ask(name):.2f} (TensorFlow {worker.version})", flush=True)
 
 
 def compare_steps(folder, args):
-    workers = dict.fromkeys(("sw", "bn"), Worker("serve_steps", folder))
+    workers = dict.fromkeys(("sw", "bn"), Worker(__file__, "serve_steps", folder))
     print(f"TensorFlow {workers['sw'].version}", flush=True)
     for size, batch in STEPS:
         sw, bn = medians(workers, size, args.rounds).values()

@@ -1,14 +1,16 @@
 """Images made on the device against those of the pipeline on the host. JAX only."""
 
 import importlib.util
+import json
+import shutil
 
 import pytest
 
-from testing import CHECKOUT, fresh_python
+from testing import CHECKOUT, fresh_python, run_recipe
 
 PATH = f"{CHECKOUT}:{CHECKOUT}/tests"
 
-pytestmark = pytest.mark.skipif(
+needs_jax = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="JAX is not installed"
 )
 
@@ -67,6 +69,7 @@ for crop, flip, (height, width) in (
 """
 
 
+@needs_jax
 @pytest.mark.parametrize("devices", [1, 2])
 def test_images_made_on_devices_equal_those_of_the_host(tmp_path, devices):
     on_jax(_IMAGES, tmp_path / "images", devices)
@@ -102,5 +105,49 @@ with pytest.raises(EtfzooError, match="train split of digits is too large for --
 """
 
 
+@needs_jax
 def test_what_cannot_be_cached_is_refused_in_one_line(embedded_dir):
     on_jax(_REFUSED, embedded_dir)
+
+
+_RUNS = """
+import sys, json, dataclasses
+from etfzoo import training
+from etfzoo.config import TrainConfig
+
+config = TrainConfig(
+    "digits", sys.argv[1], backbone="rn18", image_size=16, batch_size=64, epochs=2,
+    augment="shift", crop=1.0, flip=False, learning_rate=0.01, checkpoint_every=3,
+)
+config = dataclasses.replace(config, **json.loads(sys.argv[3]))
+print("result", json.dumps(training.train_and_evaluate(config, sys.argv[2])))
+"""
+
+
+@needs_jax
+@pytest.mark.slow
+def test_a_run_is_that_of_the_host_and_resumes_bit_equal(embedded_dir, tmp_path):
+    def result(name, **changes):
+        out = on_jax(_RUNS, embedded_dir, tmp_path / name, json.dumps(changes))
+        return json.loads(out.rpartition("result ")[2])
+
+    host, cached = result("host"), result("cached", cache="device")
+    for name, value in host.items():
+        assert cached[name] == pytest.approx(value, rel=0.02), name  # single levels of pixels
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    shutil.copy(tmp_path / "cached" / "config.json", stopped)
+    checkpoints = sorted((tmp_path / "cached" / "checkpoints").glob("step-*.npz"))
+    assert len(checkpoints) == 2  # the one before the end, and the end
+    (stopped / "checkpoints").mkdir()
+    shutil.copy(checkpoints[0], stopped / "checkpoints")
+    assert result("stopped", cache="device") == cached
+
+
+def test_under_tensorflow_it_is_refused_before_anything_is_written(embedded_dir, tmp_path):
+    workdir = tmp_path / "run"
+    err = run_recipe(
+        "pretrain", "--cache=device", "--dataset=digits", f"--data_dir={embedded_dir}",
+        "--backbone=rn18", "--protocol=quickstart", f"--workdir={workdir}", code=2,
+    )  # fmt: skip
+    assert "--cache=device needs KERAS_BACKEND=jax" in err and not workdir.exists()

@@ -48,7 +48,11 @@ def measure(
     first, counts = {}, {}
     for name, work in works.items():
         first[name] = _seconds(work, 1)
-        counts[name] = max(1, math.ceil(seconds / _seconds(work, 2) * 2))
+        count = 1
+        # What was prefetched comes at once: only a longer look tells the rate.
+        while (took := _seconds(work, count)) < seconds / 2:
+            count *= 2
+        counts[name] = max(1, math.ceil(seconds / took * count))
     found = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

@@ -13,6 +13,7 @@ from etfzoo.data.pipeline import Share
 from etfzoo.errors import EtfzooError
 from etfzoo.strategy import get_strategy
 
+_LARGE_VMEM = ("TPU v5 lite", "TPU v6 lite")  # chips with 128 MiB of vector memory
 _deterministic = False  # see set_determinism
 
 
@@ -256,8 +257,12 @@ def use_full_float32() -> None:
 
 def _compiled(function, strategy, **options):
     """The function, compiled; its results are on all devices."""
-    if _deterministic and strategy.devices[0].platform == "gpu":
+    device = strategy.devices[0]
+    if _deterministic and device.platform == "gpu":
         options["compiler_options"] = {"xla_gpu_deterministic_ops": True}
+    if device.device_kind in _LARGE_VMEM:
+        # With whitening, a copy of a ReLU's mask takes 19 MiB, and XLA stops at 16 unless told.
+        options["compiler_options"] = {"xla_tpu_scoped_vmem_limit_kib": 32 * 1024}
     return jax.jit(function, out_shardings=strategy.replicated, **options)
 
 

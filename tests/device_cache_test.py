@@ -117,7 +117,7 @@ from etfzoo.config import TrainConfig
 
 config = TrainConfig(
     "digits", sys.argv[1], backbone="rn18", image_size=16, batch_size=64, epochs=2,
-    augment="shift", crop=1.0, flip=False, learning_rate=0.01, checkpoint_every=3,
+    augment="shift", crop=1.0, flip=False, learning_rate=1e-4, checkpoint_every=3,
 )
 config = dataclasses.replace(config, **json.loads(sys.argv[3]))
 print("result", json.dumps(training.train_and_evaluate(config, sys.argv[2])))
@@ -132,8 +132,8 @@ def test_a_run_is_that_of_the_host_and_resumes_bit_equal(embedded_dir, tmp_path)
         return json.loads(out.rpartition("result ")[2])
 
     host, cached = result("host"), result("cached", cache="device")
-    for name, value in host.items():
-        assert cached[name] == pytest.approx(value, rel=0.02), name  # single levels of pixels
+    for name in ("train_loss", "loss"):  # hits near random logits turn with single levels
+        assert cached[name] == pytest.approx(host[name], rel=0.005), name
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     shutil.copy(tmp_path / "cached" / "config.json", stopped)

@@ -25,7 +25,7 @@ def names(source, split):
 
 def columns(source, split, shuffle_seed=None):
     records = list(source.records(split, shuffle_seed).as_numpy_iterator())
-    assert all(r.keys() == {"image", "label", "key", "record"} for r in records)
+    assert all(r.keys() - {"index"} == {"image", "label", "key", "record"} for r in records)
     return {k: np.array([r[k] for r in records], object) for k in records[0]}
 
 

@@ -12,6 +12,7 @@ from etfzoo.errors import EtfzooError
 from testing import make_image_folder
 
 ROLES = ("train", "fit", "select", "test")
+FIELDS = {"image", "label", "key", "record"}
 
 
 def resolve_folder(root):
@@ -25,7 +26,8 @@ def names(source, split):
 
 def columns(source, split, shuffle_seed=None):
     records = list(source.records(split, shuffle_seed).as_numpy_iterator())
-    assert all(r.keys() - {"index"} == {"image", "label", "key", "record"} for r in records)
+    # Sources held in memory say where in the split a record stands, too.
+    assert all(r.keys() - {"index"} == FIELDS for r in records)
     return {k: np.array([r[k] for r in records], object) for k in records[0]}
 
 
@@ -342,7 +344,7 @@ def test_streaming(digits, embedded_dir, monkeypatch):
     streamed = sources.resolve("digits", str(embedded_dir))
     data = columns(streamed, "select")
     assert streamed.memory == {} and digits.memory
-    for key in wanted:
+    for key in FIELDS:
         assert (data[key] == wanted[key]).all()
     # A buffer of one shuffles nothing; the order must still be a fixed permutation.
     shuffled, again = (columns(streamed, "select", 5) for _ in range(2))

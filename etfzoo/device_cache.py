@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from etfzoo.data import augment
-from etfzoo.data.pipeline import Pipeline, Share
+from etfzoo.data.pipeline import PARALLEL, Pipeline, Share
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress
 
@@ -65,7 +65,7 @@ class DeviceCache:
 
         share = Share()
         records = self.pipeline.training_records(split, epoch, start_step, share)
-        return self._batches(split, records.map(drawn, tf.data.AUTOTUNE), share)
+        return self._batches(split, records.map(drawn, PARALLEL), share)
 
     def evaluation(self, split: str):
         """Yields the batches of `Pipeline.evaluation` as JAX arrays; all whole, see there.
@@ -84,7 +84,7 @@ class DeviceCache:
 
         share = Share()
         records = self.pipeline.evaluation_records(split, share)
-        return self._batches(split, records.map(drawn, tf.data.AUTOTUNE), share)
+        return self._batches(split, records.map(drawn, PARALLEL), share)
 
     def _batches(self, split, draws, share):
         images = self._held[split][0]
@@ -107,7 +107,7 @@ class DeviceCache:
                 f"the {split} split of {self.pipeline.source.name} is too large for --cache=device"
             )
         decoded = records.map(
-            lambda record: (record["index"], augment.decode(record["image"])), tf.data.AUTOTUNE
+            lambda record: (record["index"], augment.decode(record["image"])), PARALLEL
         )
         count = self.pipeline.source.size(split)
         shapes = np.zeros((count, 3), np.int32)

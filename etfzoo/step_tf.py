@@ -5,6 +5,7 @@ from keras import ops
 
 from etfzoo import losses
 from etfzoo.data.pipeline import Share
+from etfzoo.data.sources import reading
 from etfzoo.errors import EtfzooError
 
 
@@ -142,7 +143,7 @@ def repeated(strategy, *batch):
     """
     size = len(batch[0]) // strategy.num_replicas_in_sync
     share = tuple(tf.constant(values[:size]) for values in batch)
-    data = tf.data.Dataset.from_tensors(share).repeat().prefetch(2)
+    data = tf.data.Dataset.from_tensors(share).repeat().with_options(reading())
     return iter(distribute(strategy, lambda _: data))
 
 

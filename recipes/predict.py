@@ -58,6 +58,8 @@ def _predict(model, paths):
 
     import etfzoo
     from etfzoo.data.augment import evaluation_image
+    from etfzoo.data.pipeline import PARALLEL
+    from etfzoo.data.sources import reading
     from etfzoo.progress import Progress
 
     height, width = model.spec.input_shape[:2]
@@ -67,7 +69,7 @@ def _predict(model, paths):
 
     # What cannot be read is missing in the batches and told by the gap in the numbers.
     images = tf.data.Dataset.from_tensor_slices([str(path) for path in paths]).enumerate()
-    images = images.map(read, tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+    images = images.with_options(reading()).map(read, PARALLEL).ignore_errors()
     progress = Progress("predicting", len(paths))
     expected = 0
     for numbers, batch in images.batch(FLAGS.batch_size).prefetch(1):

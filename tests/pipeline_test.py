@@ -299,3 +299,22 @@ def test_shares_of_an_evaluation_hold_every_example_once(source, count, replicas
     assert len(told) == 12 and (told[TEST:] == -1).all()
     np.testing.assert_array_equal(shown[:TEST], images)
     np.testing.assert_array_equal(told[:TEST], labels)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_nothing_is_autotuned(digits, embedded_dir, source, monkeypatch, streamed):
+    """Letting go of an autotuned iterator may block for up to a minute."""
+    if streamed:
+        monkeypatch.setattr(sources, "_MEMORY_BYTES", 0)
+        digits = sources.resolve("digits", str(embedded_dir))
+    for data in (source, digits):
+        pipeline = make_pipeline(data)
+        for batches in (
+            data.records("train", 3),
+            pipeline.training("train", 0),
+            pipeline.training("train", 0, share=Share(1, 2, 2)),
+            pipeline.evaluation("test"),
+            pipeline.evaluation("test", Share(0, 2, 2)),
+        ):
+            options = batches.options()
+            assert options.autotune.enabled is False and options.deterministic

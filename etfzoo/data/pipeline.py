@@ -8,6 +8,7 @@ Records that were seen already are skipped encoded.
 import contextlib
 import dataclasses
 import hashlib
+import os
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +18,8 @@ from etfzoo.data.augment import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
 from etfzoo.data.sources import Source
 from etfzoo.errors import EtfzooError
+
+PARALLEL = os.cpu_count()  # examples at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +120,10 @@ class Pipeline:
             return image, record["label"], self._draw(key)
 
         records = self.training_records(split, epoch, start_step, share)
-        examples = records.map(example, tf.data.AUTOTUNE)
+        examples = records.map(example, PARALLEL)
         if self.mixing:
             pairs = examples.batch(2, drop_remainder=True)
-            examples = pairs.map(self._mix, tf.data.AUTOTUNE).unbatch()
+            examples = pairs.map(self._mix, PARALLEL).unbatch()
         return self.batched(examples, share, drop_remainder=True)
 
     def training_records(
@@ -148,7 +151,7 @@ class Pipeline:
         def example(record):
             return tf.cast(self._evaluate(record["image"]), tf.uint8), record["label"]
 
-        examples = self.evaluation_records(split, share).map(example, tf.data.AUTOTUNE)
+        examples = self.evaluation_records(split, share).map(example, PARALLEL)
         return self.batched(examples, share, drop_remainder=False)
 
     def evaluation_records(self, split: str, share: Share | None = None) -> tf.data.Dataset:
@@ -221,11 +224,9 @@ class Pipeline:
 
     def batched(self, examples, share: Share | None, drop_remainder: bool) -> tf.data.Dataset:
         """Batches of a share of examples, prefetched; in the order of the examples."""
-        options = tf.data.Options()
-        options.deterministic = True
         size = self.batch_size // (share.replicas if share else 1)
         batches = examples.batch(size, drop_remainder=drop_remainder or share is not None)
-        return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
+        return batches.prefetch(2)
 
 
 def find_corrupt(source: Source, splits) -> dict[int, str]:

@@ -117,14 +117,12 @@ class _TfdsSource(Source):
 
         info = self._info(split)
         shuffle = shuffle_seed is not None
-        options = tf.data.Options()
-        options.deterministic = True
         dataset = self.builder.as_dataset(
             split=self.split(split),
             shuffle_files=shuffle,
             decoders={self.image_key: tfds.decode.SkipDecoding()},
             read_config=tfds.ReadConfig(
-                options=options,
+                options=reading(),
                 shuffle_seed=shuffle_seed,
                 # One file after the other is what makes file order an order.
                 interleave_cycle_length=16 if shuffle else 1,
@@ -164,9 +162,22 @@ def ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.da
     order = np.arange(len(columns["record"]))
     if shuffle_seed is not None:
         order = np.random.RandomState(shuffle_seed).permutation(order)
-    return tf.data.Dataset.from_tensor_slices(order).map(
+    records = tf.data.Dataset.from_tensor_slices(order).map(
         lambda i: {"index": i} | {name: tf.gather(c, i) for name, c in columns.items()}
     )
+    return records.with_options(reading())
+
+
+def reading() -> tf.data.Options:
+    """How data sets are read: in order, and with parallelism and buffers as they are set.
+
+    Autotuning is off: with it, letting go of an iterator may block until the tuner wakes up again,
+    up to a minute later, at the end of each epoch (TensorFlow 2.21).
+    """
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    return options
 
 
 def _tfds_source(name: str, data_dir: str | None, prepare: bool) -> Source:

@@ -15,6 +15,7 @@ import zlib
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
 
 from etfzoo.errors import EtfzooError, unknown
 
@@ -22,6 +23,7 @@ log = logging.getLogger("etfzoo")
 
 STRATEGIES = ("auto", "one_device", "mirrored", "multiworker", "tpu")
 
+_SLURM_PORT = 8888  # of the first task of a machine
 _MULTIWORKER_HELP = (
     "set TF_CONFIG on each worker, as in "
     '\'{"cluster": {"worker": ["host0:12345", "host1:12345"]}, '
@@ -185,14 +187,12 @@ def _mirrored_strategy(num_virtual_devices):
 
 
 def _multiworker_strategy():
-    if os.environ.get("TF_CONFIG"):
-        own = _checked_tf_config(os.environ["TF_CONFIG"])
-        _check_port(own)
-        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    elif "SLURM_STEP_NUM_TASKS" in os.environ:
-        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver()
-    else:
+    if not os.environ.get("TF_CONFIG") and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["TF_CONFIG"] = _slurm_tf_config()
+    if not os.environ.get("TF_CONFIG"):
         raise EtfzooError(f"--strategy=multiworker does not know the workers: {_MULTIWORKER_HELP}")
+    _check_port(_checked_tf_config(os.environ["TF_CONFIG"]))
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     _wait_for_chief(resolver)
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
@@ -232,6 +232,31 @@ def _wait_for_chief(resolver, every=20):
         if (now := time.monotonic()) - told > every:
             told = now
             log.warning("%s %d has waited %.0f s for %s:%s", *here, now - start, host, port)
+
+
+def _slurm_tf_config() -> str:
+    """The TF_CONFIG of a task of a Slurm job step.
+
+    Not by TensorFlow's resolver: it sorts the hosts, so that node10 comes before node9 and takes
+    its rank, and hands out GPUs, which Slurm has done, and fails where there are none.
+    """
+    try:
+        hosts = slurm_cluster_resolver.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
+        counts = slurm_cluster_resolver.expand_tasks_per_node(
+            os.environ["SLURM_STEP_TASKS_PER_NODE"]
+        )
+        workers = [
+            f"{host}:{_SLURM_PORT + i}"
+            for host, count in zip(hosts, counts, strict=True)
+            for i in range(count)
+        ]
+        index = int(os.environ["SLURM_PROCID"])
+    except (KeyError, ValueError) as error:
+        raise EtfzooError(
+            f"the Slurm step cannot be read ({type(error).__name__}: {_first_line(error)}): start "
+            "the workers with srun, or set TF_CONFIG"
+        ) from error
+    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
 
 
 def _checked_tf_config(text) -> str:

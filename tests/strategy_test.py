@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import etfzoo
-from etfzoo import checkpoint, step_tf
+from etfzoo import checkpoint, step_tf, strategy
 from etfzoo.errors import EtfzooError
 from etfzoo.strategy import best_here, get_strategy, is_chief, num_workers
 from testing import CHECKOUT, make_image_folder
@@ -273,6 +273,33 @@ def test_bad_tf_config(monkeypatch, config, message):
     if config is not None:
         monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(EtfzooError, match=message):
+        get_strategy("multiworker")
+
+
+def slurm_step(monkeypatch, **changes):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    step = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NODELIST": "node[9-10],login",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2),2",
+        "SLURM_PROCID": "2",
+    }
+    for name, value in (step | changes).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_workers_of_a_slurm_step_in_its_own_order(monkeypatch):
+    slurm_step(monkeypatch)
+    workers = ["node9:8888", "node10:8888", "login:8888", "login:8889"]
+    assert json.loads(strategy._slurm_tf_config()) == json.loads(cluster(workers, index=2))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("NODELIST", "node["), ("TASKS_PER_NODE", "1"), ("TASKS_PER_NODE", "many")]
+)
+def test_a_bad_slurm_step(monkeypatch, name, value):
+    slurm_step(monkeypatch, **{f"SLURM_STEP_{name}": value})
+    with pytest.raises(EtfzooError, match="the Slurm step cannot be read .* srun"):
         get_strategy("multiworker")
 
 

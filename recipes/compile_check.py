@@ -8,6 +8,7 @@ topology: XLA's TPU compiler says whether it can be run and what memory it takes
 so that it tells nothing about speed. Needs pip install 'etfzoo[tpu-check]' (Linux).
 """
 
+import math
 import os
 import re
 import sys
@@ -25,10 +26,12 @@ from cli import FLAGS  # noqa: E402
 
 # Memory a chip in GiB, and the name that libtpu has for the machine; by kind of chip.
 CHIPS = {"v5e": (16, "v5litepod"), "v6e": (32, "v6e")}
+PRECISIONS = ("none", "bfloat16")
 
 
 def main():
     import etfzoo
+    from etfzoo.errors import unknown
 
     kind, chips = _topology(FLAGS.topology)
     memory, machine = CHIPS[kind]
@@ -38,12 +41,15 @@ def main():
             f"--batch_size={FLAGS.batch_size} is the batch of all {chips} chips together and must "
             f"be a multiple of {chips}"
         )
+    if FLAGS.mixed_precision not in PRECISIONS:
+        raise unknown("mixed precision of TPUs", FLAGS.mixed_precision, PRECISIONS)
     stepper = _stepper(_devices(FLAGS.topology))
     size = FLAGS.image_size
+    precision = FLAGS.mixed_precision.replace("none", "float32")
     print(
         f"compiling {FLAGS.backbone} ({FLAGS.head} head, {FLAGS.norm}), {FLAGS.num_classes} "
-        f"classes, {size} px, global batch {FLAGS.batch_size}, {FLAGS.mixed_precision} precision, "
-        f"for {chips} chips of {FLAGS.topology}; this takes minutes",
+        f"classes, {size} px, global batch {FLAGS.batch_size}, {precision} precision, for {chips} "
+        f"chips of {FLAGS.topology}; this takes minutes",
         flush=True,
     )
     start = time.monotonic()
@@ -62,10 +68,9 @@ def main():
         print(f"  {name}: {count / 2**30:.3f} GiB")
     cost = compiled.cost_analysis() or {}
     if cost.get("flops"):
-        print(f"  operations a step and chip, as XLA counts them: {cost['flops'] / 1e9:.0f} GFLOP")
-    text = compiled.as_text()
-    reductions = len(re.findall(r" all-reduce(?:-start)?\(", text))
-    print(f"  all-reduce operations: {reductions}")
+        print(f"  operations a step and chip, as XLA counts them: {cost['flops'] / 1e9:.1f} GFLOP")
+    reductions, size = _reductions(compiled.as_text())
+    print(f"  all-reduce operations: {reductions}, of {size / 1e6:.2f} MB together")
     fits = total <= memory * 2**30
     print(f"{'fits' if fits else 'does not fit'} into the {memory} GiB of a {kind} chip")
     if not fits:
@@ -73,16 +78,14 @@ def main():
 
 
 def _topology(text):
-    import math
-
     import etfzoo
 
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    match = re.fullmatch(r"(\w+):([1-9]\d*)x([1-9]\d*)", text)
     if not match or match[1] not in CHIPS:
         raise etfzoo.EtfzooError(
             f"--topology is {' or '.join(CHIPS)} and its chips, as in v5e:2x2; got {text!r}"
         )
-    return match[1], math.prod(int(n) for n in match[2].split("x"))
+    return match[1], int(match[2]) * int(match[3])
 
 
 def _devices(name):
@@ -93,11 +96,23 @@ def _devices(name):
         import libtpu  # noqa: F401
         from jax.experimental import topologies
     except ImportError as error:
-        raise etfzoo.EtfzooError(f"{error}; pip install 'etfzoo[tpu-check]'") from error
+        raise etfzoo.EtfzooError(
+            f"the compiler for TPUs is not installed ({error}): pip install 'etfzoo[tpu-check]'"
+        ) from error
     try:
         return topologies.get_topology_desc(name, "tpu").devices
     except Exception as error:  # libtpu raises errors of many kinds
         raise etfzoo.EtfzooError(f"no topology {name}: {first_line(error)}") from error
+
+
+def _reductions(program):
+    """Number of all-reduces in a compiled program, and bytes of what they add up over the chips."""
+    shapes = re.findall(r" = (.*?) all-reduce(?:-start)?\(", program)  # as in (f32[64], bf16[3,3])
+    arrays = re.findall(r"[a-z](\d+)\[([\d,]*)\]", " ".join(shapes))
+    sizes = [
+        int(bits) // 8 * math.prod(int(n) for n in axes.split(",") if n) for bits, axes in arrays
+    ]
+    return len(shapes), sum(sizes)
 
 
 def _stepper(devices):

@@ -1,6 +1,7 @@
 """Where a run computes under JAX: the devices of this process, over which batches are split."""
 
 import contextlib
+import os
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ class DataParallel:
 
     Has what etfzoo asks of a `tf.distribute` strategy. XLA sees one program over the whole batch
     and splits it, so that every sum, mean and statistic is one of the global batch.
+    keras.distribution.DataParallel does the same, but puts variables on its devices as they are
+    made: no step could be compiled for chips that are not there.
 
     Attributes:
         devices: tuple of JAX devices.
@@ -94,8 +97,11 @@ def best_here() -> str:
 def _devices():
     try:
         return jax.local_devices()
-    except RuntimeError as error:  # JAX_PLATFORMS names what is not there
-        raise EtfzooError(f"JAX finds no device: {first_line(error)}") from error
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names what is not there
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        raise EtfzooError(
+            f"JAX finds no device of JAX_PLATFORMS={wanted}: {first_line(error)}"
+        ) from error
 
 
 def _virtual_devices(number):

@@ -297,13 +297,14 @@ def print_predictions(paths, predictions):
     print(report.text_table([["image", *map(str, range(1, len(rows[0])))], *rows]), flush=True)
 
 
-def run(main, doc, arguments=False):
+def run(main, doc, arguments=False, extra="jax"):
     """Parses the flags and runs a recipe; bad input ends it with one line and exit code 2.
 
     Args:
         main: the recipe.
         doc: what `--help` prints above the flags.
         arguments: whether `main` takes a list of what is written beside the flags.
+        extra: of setup.py, that brings the JAX which the recipe needs.
     """
 
     def guarded(argv):
@@ -318,6 +319,8 @@ def run(main, doc, arguments=False):
         # TFDS and TensorFlow warn about each other's deprecations; no user can act on these.
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
         absl_logging.set_verbosity(absl_logging.ERROR)
+        if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+            _import_backend(os.environ["KERAS_BACKEND"], extra)
         _import_tensorflow()
         try:
             main(argv[1:]) if arguments else main()
@@ -356,6 +359,14 @@ def _import_tensorflow():
             notices.seek(0)
             sys.stderr.write(notices.read().decode(errors="replace"))
             importlib.import_module("tensorflow")
+
+
+def _import_backend(name, extra):
+    try:
+        importlib.import_module("keras")
+    except (ImportError, ValueError) as error:
+        hint = f"pip install 'etfzoo[{extra}]'" if name == "jax" else "tensorflow and jax can train"
+        _fail(f"KERAS_BACKEND={name} cannot be used: {error}; {hint}")
 
 
 def _fail(error):

@@ -150,4 +150,4 @@ if __name__ == "__main__":
     cli.integer("Model", "num_classes", 1000, "classes")
     cli.integer("Data", "image_size", 224, "height and width in pixels")
     cli.integer("Training", "batch_size", 256, "images a step, over all chips")
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, extra="tpu-check")

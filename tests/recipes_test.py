@@ -58,6 +58,11 @@ def test_import_without_tensorflow_names_the_extra():
     assert "pip install 'etfzoo[cpu]'" in done.stderr.splitlines()[-1]
 
 
+def test_an_unknown_backend_is_one_line():
+    _, err = _run("pretrain", code=2, env=os.environ | {"KERAS_BACKEND": "jaxx"})
+    _assert_one_line(err, "KERAS_BACKEND=jaxx cannot be used")
+
+
 def test_strategy_tpu_without_a_tpu(tmp_path):
     _, err = _run("pretrain", "--head=etf", "--strategy=tpu", code=2, cwd=tmp_path)
     _assert_one_line(err, "no TPU found")

@@ -5,9 +5,9 @@
 
 One thread; medians of rounds in which the candidates take turns, so that the ratios to `decode`
 mean something on a shared machine. `etfzoo` is the training pipeline as pretrain.py uses it at
-224 px: a random window decoded from the JPEG, antialiased resize, flip, uint8 batches
-(normalisation is the model's first layer, on the device). `without branches` is the same without
-the branches for other formats than JPEG; those below it change one thing of it each.
+224 px: a random window decoded from the JPEG, a resize that is antialiased for windows of more than
+twice the target, flip, uint8 batches (normalisation is the model's first layer, on the device).
+`without branches` is for JPEGs alone and never antialiased; those below it change one thing of it.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def candidates(size):
         image = augment.training_image(encoded, key, size, size, crop, 0.875)
         return (image - 127.5) / 58.0
 
-    def window(encoded, key, whole=False, antialias=True, fast=False, flip=True):
+    def window(encoded, key, whole=False, antialias=False, fast=False, flip=True):
         crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
             tf.image.extract_jpeg_shape(encoded),
@@ -84,8 +84,7 @@ def candidates(size):
         "decode all, then crop": lambda e, k: window(e, k, whole=True),
         "INTEGER_FAST": lambda e, k: window(e, k, fast=True),
         "no flip": lambda e, k: window(e, k, flip=False),
-        "no antialias": lambda e, k: window(e, k, antialias=False),
-        "no antialias, no flip": lambda e, k: window(e, k, antialias=False, flip=False),
+        "always antialiased": lambda e, k: window(e, k, antialias=True),
     }
 
 

@@ -80,7 +80,7 @@ class DeviceCache:
         def drawn(record):
             shape = tf.gather(shapes, record["index"])
             window = augment.evaluation_window(shape, height, width, crop)
-            return record["index"], window, pad, False, record["label"]
+            return record["index"], window, True, pad, False, record["label"]
 
         share = Share()
         records = self.pipeline.evaluation_records(split, share)
@@ -136,12 +136,12 @@ class DeviceCache:
                 "device: leave out --cache=device"
             )
 
-    def _make(self, images, index, window, shift, flip):
+    def _make(self, images, index, window, antialias, shift, flip):
         """Images uint8 of a batch from what was drawn for it; see `augment.training_image`."""
         height, width, _ = self.pipeline.preprocessing
         pixels = images[index].astype(jnp.float32)
-        rows = _weights(window[:, 0], window[:, 2], height, pixels.shape[1])
-        columns = _weights(window[:, 1], window[:, 3], width, pixels.shape[2])
+        rows = _weights(window[:, 0], window[:, 2], antialias, height, pixels.shape[1])
+        columns = _weights(window[:, 1], window[:, 3], antialias, width, pixels.shape[2])
         pixels = jnp.einsum("boh,bhwc->bowc", rows, pixels, precision="highest")
         pixels = jnp.einsum("bpw,bowc->bopc", columns, pixels, precision="highest")
         pixels = jnp.round(pixels).astype(jnp.uint8)
@@ -154,22 +154,24 @@ class DeviceCache:
         return jnp.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
 
 
-def _weights(start, length, size, pixels):
-    """The antialiased bilinear filter from a window of an axis to its new pixels.
+def _weights(start, length, antialias, size, pixels):
+    """The bilinear filter from a window of an axis to its new pixels.
 
     Args:
         start, length: of the windows, `[B]`.
+        antialias: whether the filter grows with the window, `[B]`.
         size: new pixels.
         pixels: of the axis.
 
     Returns:
         float32 `[B, size, pixels]`, rows of sum 1, zero outside of the window: the triangle filter
-        that `tf.image.resize(antialias=True)` applies to what was cut out.
+        that `tf.image.resize` applies to what was cut out.
     """
     start, length = (x.astype(jnp.float32)[:, None, None] for x in (start, length))
     scale = length / size
+    radius = jnp.where(antialias[:, None, None], jnp.maximum(scale, 1), 1)
     centers = start + scale * (jnp.arange(size, dtype=jnp.float32)[None, :, None] + 0.5)
     positions = jnp.arange(pixels, dtype=jnp.float32)[None, None] + 0.5
-    weights = jnp.maximum(0, 1 - jnp.abs(positions - centers) / jnp.maximum(scale, 1))
+    weights = jnp.maximum(0, 1 - jnp.abs(positions - centers) / radius)
     weights = jnp.where((positions > start) & (positions < start + length), weights, 0)
     return weights / weights.sum(-1, keepdims=True)

@@ -24,18 +24,18 @@ def encode(image, suffix="PNG", **kwargs):
     return buffer.getvalue()
 
 
-def triangle_filter(old, new):
-    """Antialiased bilinear resampling of `old` pixels to `new` as a matrix, in float64."""
+def triangle_filter(old, new, antialias=True):
+    """Bilinear resampling of `old` pixels to `new` as a matrix, in float64."""
     scale = old / new
     centres = (np.arange(new)[:, None] + 0.5) * scale
-    distance = np.abs(np.arange(old) + 0.5 - centres) / max(scale, 1)
+    distance = np.abs(np.arange(old) + 0.5 - centres) / (max(scale, 1) if antialias else 1)
     weights = np.maximum(0, 1 - distance)
     return weights / weights.sum(1, keepdims=True)
 
 
-def resize(image, height, width):
-    rows = triangle_filter(image.shape[0], height)
-    columns = triangle_filter(image.shape[1], width)
+def resize(image, height, width, antialias=True):
+    rows = triangle_filter(image.shape[0], height, antialias)
+    columns = triangle_filter(image.shape[1], width, antialias)
     return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64))
 
 
@@ -281,9 +281,9 @@ def test_shift_takes_an_eighth_of_each_side():
 
 
 @functools.cache
-def ramp(start, size, target):
+def ramp(start, size, target, antialias):
     """What `coordinates` shows along one axis in a window resized to `target` pixels."""
-    return triangle_filter(size, target) @ (10 + 2 * np.arange(start, start + size))
+    return triangle_filter(size, target, antialias) @ (10 + 2 * np.arange(start, start + size))
 
 
 def find_window(values, side):
@@ -292,7 +292,7 @@ def find_window(values, side):
     inner = np.arange(target // 4, target - target // 4)
     slope, start = np.polyfit(inner + 0.5, (values[inner] - 9) / 2, 1)  # to a pixel
     windows = {
-        (a, n): np.abs(ramp(a, n, target) - values).max()
+        (a, n): min(np.abs(ramp(a, n, target, smooth) - values).max() for smooth in (True, False))
         for a in range(round(start) - 2, round(start) + 3)
         for n in range(round(slope * target) - 2, round(slope * target) + 3)
         if a >= 0 and a + n <= side
@@ -324,6 +324,26 @@ def test_resized_crop_windows(min_area):
     for start, size in ((top, height), (left, width)):
         free = side - size > 5
         assert 0.4 < (start[free] / (side - size[free])).mean() < 0.6
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG"])
+def test_only_large_windows_of_a_resized_crop_are_antialiased(suffix):
+    target, augmentation = 24, Augmentation("resized_crop", min_area=0.3)
+    image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
+    encoded = encode(image, suffix, **({} if suffix == "PNG" else {"subsampling": 0}))
+    image = augment.decode(encoded).numpy()
+    kinds = []
+    for n, shown in enumerate(trainer(target, augmentation)(encoded, 60)):
+        window, antialias, _, flip = augment.draw(
+            tf.constant(image.shape), tf.constant([0, n]), target, target, augmentation, CROP
+        )
+        top, left, height, width = window.numpy()
+        large = max(height, width) > 2 * target
+        assert antialias == large
+        wanted = resize(image[top : top + height, left : left + width], target, target, large)
+        np.testing.assert_allclose(shown, wanted[:, ::-1] if flip else wanted, atol=0.502)
+        kinds.append((large, bool(flip)))
+    assert len(set(kinds)) == 4
 
 
 def test_resized_crop_of_a_jpeg_shows_the_same_window_as_of_a_png():

@@ -104,8 +104,8 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _resize(image, height, width):
-    image = tf.image.resize(image, [height, width], method="bilinear", antialias=True)
+def _resize(image, height, width, antialias=True):
+    image = tf.image.resize(image, [height, width], method="bilinear", antialias=antialias)
     return tf.round(tf.ensure_shape(image, [height, width, 3]))
 
 
@@ -167,8 +167,18 @@ def training_image(
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    window, shift, flip = draw(image_shape(encoded), key, height, width, augmentation, crop)
-    image = _resize(_decode_window(encoded, window), height, width)
+    window, antialias, shift, flip = draw(
+        image_shape(encoded), key, height, width, augmentation, crop
+    )
+    pixels = _decode_window(encoded, window)
+    if augmentation.crop == "resized_crop":
+        image = tf.cond(
+            antialias,
+            lambda: _resize(pixels, height, width),
+            lambda: _resize(pixels, height, width, antialias=False),
+        )
+    else:
+        image = _resize(pixels, height, width)
     if augmentation.crop == "shift":
         pad_h, pad_w = padding(height, width)
         image = tf.pad(image, [[pad_h, pad_h], [pad_w, pad_w], [0, 0]])
@@ -187,7 +197,7 @@ def draw(
     width: int,
     augmentation: Augmentation,
     crop: float,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """What is drawn for a training image, but for RandAugment.
 
     Args:
@@ -195,12 +205,14 @@ def draw(
         key, height, width, augmentation, crop: see `training_image`.
 
     Returns:
-        `window`: int32 `[4]`, top, left, height and width of what is resized; `shift`: int32
-        `[2]`, top and left of what is then kept of the padded image, where the crop is `"shift"`;
-        `flip`: whether the image is mirrored.
+        `window`: int32 `[4]`, top, left, height and width of what is resized; `antialias`: whether
+        the filter grows with the window, which takes about as long as decoding. A resized crop of
+        at most twice the target does without: interpolation still reads every pixel of it;
+        `shift`: int32 `[2]`, top and left of what is then kept of the padded image, where the crop
+        is `"shift"`; `flip`: whether the image is mirrored.
     """
     crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
-    shift = tf.zeros([2], tf.int32)
+    antialias, shift = tf.constant(True), tf.zeros([2], tf.int32)
     if augmentation.crop == "resized_crop":
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
             shape,
@@ -213,6 +225,7 @@ def draw(
             use_image_if_no_bounding_boxes=True,
         )
         window = tf.concat([begin[:2], size[:2]], 0)
+        antialias = tf.reduce_any(window[2:] > [2 * height, 2 * width])
     elif augmentation.crop == "shift":
         window = evaluation_window(shape, height, width, crop=1.0)
         positions = 2 * tf.constant(padding(height, width)) + 1
@@ -225,7 +238,7 @@ def draw(
     flip = tf.constant(False)
     if augmentation.flip:
         flip = tf.random.stateless_uniform([], flip_key) < 0.5
-    return window, shift, flip
+    return window, antialias, shift, flip
 
 
 def padding(height: int, width: int) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def pick(
         further = beyond(rates, np.reshape(scores, (len(rates), -1)).max(1))
         if further is None:
             break
-        best = candidates[int(np.argmax(scores))]
+        best = _best(candidates, scores)
         print(
             f"the best learning rate, {best.learning_rate:g}, lies at the edge of the grid: "
             f"trying {further:g} too",
@@ -95,7 +95,7 @@ def pick(
         added = _candidates(config, [further], decays)
         candidates += added
         scores += [_score(trial(c, epochs), workdir, metric, chief) for c in added]
-    best = candidates[int(np.argmax(scores))]
+    best = _best(candidates, scores)
     if len(rates) > 1 and best.learning_rate in (min(rates), max(rates)):
         log.warning(
             "the best learning rate, %g, lies at the edge of the grid%s",
@@ -119,6 +119,14 @@ def _candidates(config, rates, decays):
         for rate in rates
         for decay in decays
     ]
+
+
+def _best(candidates, scores):
+    """The first of the best candidates, if possible one whose rate lies inside the grid."""
+    rates = [c.learning_rate for c in candidates]
+    best = [c for c, score in zip(candidates, scores, strict=True) if score == max(scores)]
+    inside = [c for c in best if min(rates) < c.learning_rate < max(rates)]
+    return (inside or best)[0]
 
 
 def trial(candidate: TrainConfig, epochs=None) -> TrainConfig:

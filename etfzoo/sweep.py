@@ -7,6 +7,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -90,8 +91,8 @@ class Sweep:
         rates = tuple(dict.fromkeys(self.source_learning_rates))
         object.__setattr__(self, "source_learning_rates", rates)
         for name in ("learning_rates", "source_learning_rates"):
-            if any(rate <= 0 for rate in getattr(self, name)):
-                raise EtfzooError(f"{name} must be positive; got {getattr(self, name)}")
+            if not all(0 < rate < math.inf for rate in getattr(self, name)):
+                raise EtfzooError(f"{name} must be positive; got {_text(getattr(self, name))}")
         if self.source_search_epochs is not None and self.source_search_epochs < 1:
             raise EtfzooError("source_search_epochs must be at least 1")
 

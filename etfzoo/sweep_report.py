@@ -256,8 +256,8 @@ def _learning_rates(root, plan, found):
         table.append(line + [scores.get(key, "-") for key in keys])
     text = (
         "Scores (%) of the candidates on the selection split, by the headline metric of the data "
-        "set. Candidates marked added joined because the best of the first grid lay at its edge; "
-        "if the picked one still does, a wider grid may give more."
+        "set. Every method starts from the same grid. Candidates marked added joined because the "
+        "best one lay at its edge; if the picked one still does, a wider grid may give more."
     )
     caption = "Picked learning rate, and the score of each candidate"
     return _heading("Learning rates", [text, report.Table(caption, table)])

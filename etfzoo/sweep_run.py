@@ -121,15 +121,16 @@ def run(settings: sweep.Sweep, command: str, jobs: int = 1, gpus: int = 0) -> li
         EtfzooError: bad settings, missing data, or another sweep in the same directory.
         Stopped: SIGTERM or SIGINT arrived; running cells were told to save, and have ended.
     """
-    with lock(settings.root) as held, StopRequest() as stop:
+    with lock(settings.root) as held:
         cells = sweep.cells(settings)
         states = {cell: sweep.state(cell) for cell in cells}
         open_cells = [cell for cell in cells if states[cell] != sweep.FINISHED]
         _write_settings(settings, command)
-        # Before the first cell, and not by several of them at a time.
+        # Before the first cell, and not by several of them at a time; a signal ends it at once.
         for name in dict.fromkeys(cell.config.dataset for cell in open_cells):
             resolve(name, settings.data_dir)
-        return _Runner(settings, cells, open_cells, jobs, gpus, held, stop).run()
+        with StopRequest() as stop:
+            return _Runner(settings, cells, open_cells, jobs, gpus, held, stop).run()
 
 
 class _Runner:

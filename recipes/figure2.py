@@ -198,7 +198,7 @@ if __name__ == "__main__":
     cli.integer("Data", "image_size", None, "height and width in pixels (default: the model's)")
     cli.boolean("Data", "per_feature", False, "standardise each feature instead of all together")
     cli.numbers("Regression", "a2", "-1,-0.8,-0.6,-0.4,-0.2,0,0.2,0.4,0.6,0.8,1", "values of a2")
-    cli.numbers("Regression", "projections", "gaussian", "of gaussian, haar and etf")
+    cli.strings("Regression", "projections", "gaussian", "of gaussian, haar and etf")
     cli.integer("Regression", "num_features", None, "random features (default: as many as x has)")
     cli.real(
         "Regression",

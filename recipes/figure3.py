@@ -134,8 +134,8 @@ def _write(output, rows, table):
 
 
 if __name__ == "__main__":
-    cli.numbers("Model", "models", None, "pretrained models, or workdirs of their fine-tunings")
-    cli.numbers("Model", "names", None, "what they are called (default: the last part of each)")
+    cli.strings("Model", "models", None, "pretrained models, or workdirs of their fine-tunings")
+    cli.strings("Model", "names", None, "what they are called (default: the last part of each)")
     cli.string("Model", "head", "linear", "the new head: linear or etf")
     cli.data_flags("oxford_flowers102")
     cli.string("Data", "split", "test", "features of which split, or role: train or test")

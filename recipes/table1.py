@@ -50,6 +50,9 @@ def main():
     jobs = _value("jobs")
     if jobs < 1:
         raise etfzoo.EtfzooError(f"--jobs must be at least 1; got {jobs}")
+    speed = FLAGS.images_per_second
+    if speed is not None and not 0 < speed < float("inf"):
+        raise etfzoo.EtfzooError(f"--images_per_second must be a positive number; got {speed:g}")
     gpus = tf.config.list_physical_devices("GPU")
     tf.config.set_visible_devices([], "GPU")  # their memory is for the cells
     if FLAGS.dry_run:
@@ -162,8 +165,8 @@ if __name__ == "__main__":
     cli.strings("Model", "backbones", "rn50,rn101", "rn18, rn34, rn50 or rn101")
     cli.strings("Model", "methods", "linear,sw,etf", "linear, sw (linear with whitening) or etf")
     cli.strings("Model", "modes", "full,linear_probe,knn", "what is done on targets")
-    cli.string(training, "protocol", "paper_lowres", "paper, paper_lowres, standard, sw_official "
-               "or quickstart: where unset flags take their values from")  # fmt: skip
+    cli.string(training, "protocol", "paper_lowres", "paper, paper_lowres, standard, strong, "
+               "sw_official or quickstart: where unset flags take their values from")  # fmt: skip
     cli.strings(training, "seeds", "0", "of pretraining and of what follows it")
     cli.numbers(
         training, "learning_rate", None, "grid of the fine-tuning, widened where the best lies at "

@@ -72,6 +72,21 @@ def test_the_value_beyond_the_edge_of_a_grid(grid, scores, expected):
     assert search.beyond(grid, scores) == expected
 
 
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ((0.1, 0.3, 0.2), 0.1),
+        ((0.3, 0.1, 0.2), 0.01),
+        ((0.3, 0.3, 0.3), 0.1),  # where `beyond` sees no reason to widen
+        ((0.3, 0.1, 0.3), 0.01),
+        ((-np.inf, -np.inf, 0.1), 1.0),
+    ],
+)
+def test_of_equal_candidates_one_inside_the_grid_is_picked(scores, expected):
+    candidates = [TrainConfig("digits", learning_rate=rate) for rate in (0.01, 0.1, 1.0)]
+    assert search._best(candidates, scores).learning_rate == expected
+
+
 def test_only_positive_grids_are_widened():
     with pytest.raises(EtfzooError, match="positive"):
         search.beyond((0.0, 1.0), (1, 0))
@@ -108,8 +123,8 @@ def test_finetuning_widens_the_grid_of_rates_until_the_best_lies_inside(pretrain
     assert len(tried) > 2  # two rates leave the best at an edge
     assert [row["widened"] for row in rows] == [rate not in rates for rate in tried]
     assert len(tried) <= len(rates) + search.EXTENSIONS
-    best = tried[scores.index(max(scores))]
-    assert TrainConfig.load(tmp_path / "config.json").learning_rate == best
+    picked = TrainConfig.load(tmp_path / "config.json").learning_rate
+    assert scores[tried.index(picked)] == max(scores)
     # Stopped and called again, no candidate is trained again, and the same ones are tried.
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("select/*/result.json")}
     assert len(times) == len(tried)
@@ -197,7 +212,8 @@ def test_cells_have_their_places_and_one_budget(tmp_path):
         ({"source": "imagnet2012"}, "unknown data set 'imagnet2012'; did you mean imagenet2012"),
         ({"protocol": "papr"}, "unknown protocol 'papr'; did you mean paper"),
         ({"modes": ("fine",)}, "unknown mode 'fine'"),
-        ({"learning_rates": (0.0, 1.0)}, "must be positive"),
+        ({"learning_rates": (0.0, 1.0)}, "must be positive; got 0.0,1.0"),
+        ({"source_learning_rates": (1.0, np.nan)}, "must be positive; got 1.0,nan"),
         ({"seeds": ()}, "has no seed"),
         ({"epochs": 0}, "epochs must be at least 1"),
     ],

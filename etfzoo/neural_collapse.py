@@ -339,9 +339,9 @@ def _cosines(a, b):
 
 def _warn_of_small_classes(result):
     for key, what in (
-        ("skipped_classes", "have no examples and are left out of the collapse measures"),
-        ("single_example_classes", "have one example: no variance of their own, left out of cdnv"),
+        ("skipped_classes", "no examples, left out of the collapse measures"),
+        ("single_example_classes", "one example, so no variance of their own, left out of cdnv"),
     ):
         if classes := result[key]:
-            first = ", ".join(map(str, classes[:10])) + (", …" if len(classes) > 10 else "")
-            log.warning("%d classes (%s) %s", len(classes), first, what)
+            more = f", … ({len(classes)} in all)" if len(classes) > 10 else ""
+            log.warning("classes with %s: %s%s", what, ", ".join(map(str, classes[:10])), more)

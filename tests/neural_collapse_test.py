@@ -229,11 +229,13 @@ def test_classes_without_or_with_one_example(caplog):
     result = measure(features, named, classes=8)
     assert result["skipped_classes"] == [1, 3, 4, 7] and result["classes"] == 4
     assert result["single_example_classes"] == [2]
-    assert "4 classes (1, 3, 4, 7) have no examples and are left out" in caplog.text
-    assert "1 classes (2) have one example" in caplog.text
+    assert "no examples, left out of the collapse measures: 1, 3, 4, 7\n" in caplog.text
+    assert "one example, so no variance of their own, left out of cdnv: 2\n" in caplog.text
     assert_equal(result, direct(features, named), 1e-9)
     assert all(np.isfinite(v) for v in scalars(result, "").values())
     json.dumps(result, allow_nan=False)
+    measure(features[:4], [0, 0, 7, 7], classes=100)
+    assert "measures: 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, … (98 in all)" in caplog.text
     only = measure(features[:4] + np.arange(4)[:, None], [0, 1, 2, 3])
     assert "cdnv" not in only and only["nc1"] == 0
 

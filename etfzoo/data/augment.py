@@ -20,9 +20,10 @@ class Augmentation:
     """What is drawn at random for a training image.
 
     Attributes:
-        crop: `"resized_crop"` (a random window, resized: Szegedy et al. 2015), `"shift"` (the
-            whole image resized, then moved by up to an eighth of its side over black: the usual
-            CIFAR augmentation) or `"none"` (the evaluation crop).
+        crop: `"resized_crop"` (a random window, resized: Szegedy et al. 2015; antialiased where it
+            is more than twice the target), `"shift"` (the whole image resized, then moved by up to
+            an eighth of its side over black: the usual CIFAR augmentation) or `"none"` (the
+            evaluation crop).
         min_area: smallest share of the image in a resized crop.
         flip: whether half of the images are mirrored left to right.
         rand_augment: magnitude of RandAugment's two operations, in 0..10; 0 is none.

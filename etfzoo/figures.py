@@ -86,6 +86,7 @@ def regression_errors(
     dots.set_yticks(range(len(names)), names)
     dots.set_ylim(len(names) - 0.5, -0.5)
     dots.grid(alpha=0.3, axis="x")
+    dots.xaxis.set_major_locator(plots.MaxNLocator(4))
     dots.set_xlabel("test MSE, validated γ")
     dots.set_title("other activations", fontsize=10)
     error.set_title("error", fontsize=10)
@@ -158,9 +159,10 @@ def covariances(rows: Mapping[str, Mapping[str, Covariance]], title: str) -> Fig
     every = [c for models in rows.values() for c in models.values()]
     panels = [_panels(c.matrix) for c in every]
     top = max(np.abs(panel).max() for pair in panels for panel in pair)
-    norm = SymLogNorm(linthresh=max(top, 1e-30) / 1e3, vmin=-top, vmax=top)
+    inner = max(top, 1e-30) / 1e3
+    norm = SymLogNorm(linthresh=inner, vmin=-top, vmax=top)
     columns = max(len(models) for models in rows.values())
-    figure = Figure(figsize=(4.6 * columns + 0.8, 2.9 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns + 0.8, 2.7 * len(rows) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     left, right = figure.subfigures(1, 2, width_ratios=(4.6 * columns, 0.8))
     lines = left.subfigures(len(rows), 1, squeeze=False)[:, 0]
@@ -184,8 +186,12 @@ def covariances(rows: Mapping[str, Mapping[str, Covariance]], title: str) -> Fig
                 axes.xaxis.set_major_locator(plots.MaxNLocator(5))
                 axes.yaxis.set_major_locator(plots.MaxNLocator(5))
     axes = right.subplots()
-    right.colorbar(image, cax=axes, label="entry of C° (logarithmic beyond the inner ticks)")
-    axes.set_box_aspect(12)
+    # Decades outside the linear part alone: those in it would lie on each other.
+    decades = 10 ** np.arange(np.ceil(np.log10(inner)), np.log10(1e3 * inner))
+    ticks = [*-decades[::-1], 0, *decades]
+    label = "entry of C° (logarithmic beyond the inner ticks)"
+    right.colorbar(image, cax=axes, ticks=ticks).set_label(label, fontsize=8)
+    axes.set_box_aspect(10 * len(rows))
     axes.tick_params(labelsize=7)
     return figure
 

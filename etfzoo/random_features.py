@@ -304,9 +304,10 @@ def deterministic_equivalent(inputs, labels, activation: Activation) -> np.ndarr
     A = [[t t^T + 2 S, t], [t^T, 1]], with J the one-hot labels, phi_i the difference of
     |x_i - mu|^2 / p to its class mean, t_a = sqrt(p) (tr C_a / p - tau), S_ab = tr(C_a C_b) / p
     (Liao & Couillet 2018). It holds for mixtures whose means and covariances C_a differ little,
-    with p and N large and alike. The traces are estimated without bias from the data. At p = 512 and
-    N = 1024 it is off by 2 to 5 % of the kernel's norm where the classes' traces differ, but by 14 %
-    for cos where only their means do, as the norm is smaller there; either falls like 1/sqrt(p).
+    with p and N large and alike. The traces are estimated without bias from the data. At p = 512
+    and N = 1024 it is off by 2 to 5 % of the kernel's norm where the classes' traces differ, but by
+    14 % for cos where only their means do, as the norm is smaller there; either falls like
+    1/sqrt(p).
 
     Args:
         inputs: `[N, p]`.

@@ -24,7 +24,7 @@ _PUBLIC = {
     "decode_predictions": "etfzoo.inference",
     "EtfzooError": "etfzoo.errors",
 }
-_MODULES = ("layers", "data", "protocols")
+_MODULES = ("layers", "callbacks", "data", "protocols")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from etfzoo.step_tf import Stepper, evaluation_step
+import etfzoo
+from etfzoo.step_tf import Stepper, evaluation_step, repeated
 
 DECAY, RATE, MOMENTUM, STEPS = 0.05, 0.1, 0.9, 100
 
@@ -63,6 +64,23 @@ def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all, jit_compile):
         stepper.train(iter(tf.data.Dataset.from_tensors((x, y))))
     for expected, variable in zip(weights, model.trainable_variables, strict=True):
         np.testing.assert_allclose(variable.value, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head, norm", [("etf", "bn"), ("linear", "sw")])
+def test_xla_compiles_the_step_of_a_network(head, norm):
+    strategy, rng = tf.distribute.get_strategy(), np.random.default_rng(0)
+    images = rng.integers(256, size=(8, 32, 32, 3), dtype=np.uint8)
+    batches = repeated(strategy, images, np.arange(8, dtype=np.int32))
+    losses = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model = etfzoo.build_classifier("rn18", 8, head, norm, (32, 32, 3))
+        optimizer = keras.optimizers.SGD(1e-3, momentum=MOMENTUM, name="sgd")
+        optimizer.build(model.trainable_variables)
+        stepper = Stepper(model, optimizer, strategy, DECAY, jit_compile=jit_compile)
+        losses.append([stepper.train(batches).numpy()[0] for _ in range(3)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
 def test_l2_before_momentum_is_ten_times_keras_decoupled_decay():

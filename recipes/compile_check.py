@@ -5,7 +5,8 @@
 
 The step is the one that KERAS_BACKEND=jax trains with, its batch split over the chips of the
 topology: XLA's TPU compiler says whether it can be run and what memory it takes. Nothing is run,
-so that it tells nothing about speed. Needs pip install 'etfzoo[tpu-check]' (Linux).
+so that it tells nothing about speed. Needs pip install 'etfzoo[tpu-check]' (Linux), best in an
+environment of its own: where libtpu is, JAX looks for a TPU first and complains that there is none.
 """
 
 import math

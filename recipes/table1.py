@@ -21,14 +21,14 @@ from cli import FLAGS
 # Few epochs at the rates of the demo, and a search of the fine-tuning's rate in each cell.
 QUICK = {
     "source": "shapes/source",
-    "targets": ["shapes/textures", "digits"],
+    "targets": ["digits"],
     "backbones": ["rn18"],
     "seeds": ["0", "1"],
     "protocol": "quickstart",
     "epochs": 3,
     "batch_size": 64,
-    "finetune_epochs": 2,
-    "learning_rate": ["0.002", "0.006", "0.02"],
+    "finetune_epochs": 3,
+    "learning_rate": ["0.003", "0.01", "0.03"],
     "finetune_batch_size": 32,
     "eval_every": 3,
     "jobs": 2,

@@ -15,6 +15,7 @@ from etfzoo import assembly, backend
 from etfzoo.classifier import build_classifier
 from etfzoo.config import TrainConfig
 from etfzoo.data.sources import resolve
+from etfzoo.errors import EtfzooError
 from etfzoo.strategy import check_batch_size, get_strategy
 
 
@@ -92,15 +93,18 @@ def synthetic(
     check_batch_size(config.batch_size, strategy)
     backend.set_determinism(config.deterministic)
     keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        model = build_classifier(
-            config.backbone,
-            num_classes,
-            config.head,
-            config.norm,
-            input_shape=(config.image_size, config.image_size, 3),
-            dtype=assembly.policy(config),
-        )
+    try:
+        with strategy.scope():
+            model = build_classifier(
+                config.backbone,
+                num_classes,
+                config.head,
+                config.norm,
+                input_shape=(config.image_size, config.image_size, 3),
+                dtype=assembly.policy(config),
+            )
+    except ValueError as error:  # no ETF of these sizes
+        raise EtfzooError(str(error)) from error
     if strategy.num_replicas_in_sync > 1:
         backend.synchronize(model, config.synchronize_norms)
     optimizer = assembly.make_optimizer(config, 1000, model, strategy)

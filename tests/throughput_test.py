@@ -81,6 +81,7 @@ def test_benchmark_prints_what_it_writes(tmp_path):
     [
         ("--method=arcface", "unknown method 'arcface'; known: etf, linear, sw"),
         ("--batch_size=many", "--batch_size takes numbers"),
+        ("--backbone=rn18", "no simplex ETF of 1000 classes exists in 512 dimensions"),
     ],
 )
 def test_benchmark_refuses_in_one_line(flag, message):

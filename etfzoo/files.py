@@ -102,3 +102,15 @@ def remove_temporaries(directory) -> None:
     for path in Path(directory).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def without_place(name: str) -> str:
+    """A name without the folders of this machine that it starts with, for what is published.
+
+    `/home/me/runs/a` becomes `a`, `folder:../photos` becomes `folder:photos`; relative ones and
+    addresses stay.
+    """
+    kind, colon, path = name.rpartition(":")
+    if not path.startswith(("/", "~", "..")) or path.startswith("//"):
+        return name
+    return kind + colon + Path(path).name

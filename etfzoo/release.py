@@ -164,12 +164,10 @@ def _read_source(source):
     model = checkpoint.load_model(workdir)
     config = TrainConfig.load(workdir / "config.json")
     settings = config.results_in()
-    if config.init and "://" not in config.init:
-        settings["init"] = os.path.basename(
-            config.init.rstrip("/")
-        )  # its place is nobody's business
+    for name in ("dataset", "init"):
+        settings[name] = settings[name] and files.without_place(settings[name])
     provenance = {
-        "dataset": config.dataset,
+        "dataset": settings["dataset"],
         "init": settings["init"],
         "seed": config.seed,
         **machine.read(workdir),

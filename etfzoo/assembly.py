@@ -66,12 +66,12 @@ def make_pipeline(
         config: the run.
         source: its data set.
         model: gives image size and crop.
-        workdir: where the list of corrupt images is kept, with `skip_corrupt`.
+        workdir: where the list of corrupt images is kept, with `skip_corrupt`; None keeps none.
         chief: whether this process writes that list.
     """
     corrupt = ()
     if config.skip_corrupt:
-        corrupt = _corrupt_keys(config, source, Path(workdir) / "corrupt.json", chief)
+        corrupt = _corrupt_keys(config, source, workdir, chief)
     pipeline = Pipeline(
         source,
         *model.spec.input_shape[:2],
@@ -98,7 +98,10 @@ def mixing(config: TrainConfig) -> Mixing:
     return Mixing(config.mixup, config.cutmix)
 
 
-def _corrupt_keys(config, source, path, chief) -> tuple[int, ...]:
+def _corrupt_keys(config, source, workdir, chief) -> tuple[int, ...]:
+    if workdir is None:
+        return tuple(find_corrupt(source, (config.train_split, config.eval_split)))
+    path = Path(workdir) / "corrupt.json"
     if path.exists():
         corrupt = {int(key): name for key, name in files.read_json(path).items()}
     else:

@@ -31,7 +31,7 @@ class Stepper:
         weight_decay: L2 coefficient on the variables that `losses.decayed` names.
         label_smoothing: see `losses.cross_entropy`.
         decay_all: whether L2 counts for all trainable variables.
-        jit_compile: of no effect, for XLA compiles all that JAX computes.
+        jit_compile: of no effect, for XLA compiles all that JAX computes; the attribute is true.
         average: an `etfzoo.averaging.WeightAverage` that follows the model; None is none.
 
     Raises:
@@ -55,6 +55,7 @@ class Stepper:
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
         self.average = average
+        self.jit_compile = True
         self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
         self._variables = (
             model.trainable_variables,

@@ -56,6 +56,7 @@ class Stepper:
             raise EtfzooError("jit_compile works with one replica only; leave it out")
         if jit_compile is None:
             jit_compile = not several and bool(tf.config.list_physical_devices("GPU"))
+        self.jit_compile = bool(jit_compile)
         self._replica_step = self._replica_train
         if jit_compile:
             self._replica_step = tf.function(self._replica_train, jit_compile=True)

@@ -12,11 +12,14 @@ import keras
 import numpy as np
 
 from etfzoo import assembly, backend
+from etfzoo.averaging import WeightAverage
 from etfzoo.classifier import build_classifier
 from etfzoo.config import TrainConfig
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError
-from etfzoo.strategy import check_batch_size, get_strategy
+from etfzoo.strategy import check_batch_size, get_strategy, num_workers
+
+INPUT_BOUND = 0.1  # share of the step's rate that is lost to the input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,9 @@ def _seconds(work, count):
 def synthetic(
     config: TrainConfig, num_classes: int = 1000, rounds: int = 3, seconds: float = 5.0
 ) -> dict:
-    """Training and inference on one batch of random pixels that the device holds.
+    """Training and inference on one batch of random pixels in memory.
+
+    On a GPU with TensorFlow the batch is copied to it in each step, as in a run.
 
     Args:
         config: of the run; its data set is not opened.
@@ -84,13 +89,13 @@ def synthetic(
 
     Returns:
         `training` and `inference`, both a Rate; `peak_memory` in bytes, and `memory_of`, the
-        `device` or, where a backend does not tell, the `process`.
+        `device` or, where a backend does not tell, the `process`; `jit_compile`, whether XLA
+        compiled the training step.
 
     Raises:
-        EtfzooError: no such device, or settings that do not go together.
+        EtfzooError: no such device, several workers, or settings that do not go together.
     """
-    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
-    check_batch_size(config.batch_size, strategy)
+    strategy = _open(config)
     backend.set_determinism(config.deterministic)
     keras.utils.set_random_seed(config.seed)
     try:
@@ -126,7 +131,7 @@ def synthetic(
         seconds,
     )
     memory, of = peak_memory(strategy)
-    return found | {"peak_memory": memory, "memory_of": of}
+    return found | {"peak_memory": memory, "memory_of": of, "jit_compile": stepper.jit_compile}
 
 
 def profile(config: TrainConfig, rounds: int = 3, seconds: float = 5.0) -> dict[str, Rate]:
@@ -137,14 +142,13 @@ def profile(config: TrainConfig, rounds: int = 3, seconds: float = 5.0) -> dict[
         rounds, seconds: see `measure`.
 
     Returns:
-        rates of `input` (the pipeline alone), `step` (on one batch that the device holds) and
-        `training` (the step with its input, as in a run).
+        rates of `input` (the pipeline alone), `step` (on one batch in memory) and `training` (the
+        step with its input, as in a run).
 
     Raises:
-        EtfzooError: bad input.
+        EtfzooError: bad input, an image that cannot be decoded, or several workers.
     """
-    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
-    check_batch_size(config.batch_size, strategy)
+    strategy = _open(config)
     backend.set_determinism(config.deterministic)
     source = resolve(config.dataset, config.data_dir)
     keras.utils.set_random_seed(config.seed)
@@ -152,13 +156,16 @@ def profile(config: TrainConfig, rounds: int = 3, seconds: float = 5.0) -> dict[
         model = assembly.make_model(config, source)
     if strategy.num_replicas_in_sync > 1:
         backend.synchronize(model, config.synchronize_norms)
-    # Broken images are a run's affair; here there is no workdir for their list.
-    pipeline = assembly.make_pipeline(
-        dataclasses.replace(config, skip_corrupt=False), source, model
-    )
-    cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
+    pipeline = assembly.make_pipeline(config, source, model)
     optimizer = assembly.make_optimizer(config, 1000, model, strategy)
-    stepper = assembly.make_stepper(config, model, optimizer, strategy)
+    average = WeightAverage(model, config.ema, strategy) if config.ema else None
+    stepper = assembly.make_stepper(config, model, optimizer, strategy, average)
+    with pipeline.naming_corrupt_records(config.train_split, 0):
+        return _profile(config, strategy, pipeline, stepper, rounds, seconds)
+
+
+def _profile(config, strategy, pipeline, stepper, rounds, seconds):
+    cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
 
     def batches():
         if cache is not None:
@@ -186,6 +193,45 @@ def profile(config: TrainConfig, rounds: int = 3, seconds: float = 5.0) -> dict[
         rounds,
         seconds,
     )
+
+
+def verdict(rates: Mapping[str, Rate], cacheable: bool) -> str:
+    """Whether a run is input-bound, and what to do then.
+
+    What counts is the step with its input: input and step may share the processor.
+
+    Args:
+        rates: see `profile`.
+        cacheable: whether the data could be kept on the device and is not yet.
+    """
+    ready, step, both = (rates[name].median for name in ("input", "step", "training"))
+    lost = max(0.0, 1 - both / step)
+    text = f"{100 * lost:.0f} % of the step's rate is lost to the input"
+    if lost < INPUT_BOUND:
+        return f"not input-bound: {text}, which alone is {ready / step:.1f} times as fast"
+    if ready < step:
+        text += f"; the step could take {step / ready:.1f} times what arrives"
+    else:
+        text += (
+            f", although alone it is {ready / step:.1f} times as fast: they share the processor, "
+            "or the way to the device"
+        )
+    text = f"input-bound: {text}\nGive the host more cores, or store smaller images."
+    if cacheable:
+        text += "\nData that fits on the device can stay there: KERAS_BACKEND=jax, --cache=device."
+    return text
+
+
+def _open(config):
+    """The strategy of what is measured, in one process.
+
+    Every worker would choose its number of steps by its own clock, and wait for others' for ever.
+    """
+    strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
+    if num_workers(strategy) > 1:
+        raise EtfzooError("measuring takes one process: leave out --strategy=multiworker")
+    check_batch_size(config.batch_size, strategy)
+    return strategy
 
 
 def _corner(batch):

@@ -4,16 +4,19 @@
   python recipes/benchmark.py --backbone=rn50,rn101 --method=linear,etf,sw --image_size=64
   KERAS_BACKEND=jax python recipes/benchmark.py --mixed_precision=none,bfloat16 --output=here.json
 
-One batch of random pixels lies on the device: no input is measured here, but by --profile of
+One batch of random pixels lies in memory: no input is measured here, but by --profile of
 recipes/pretrain.py. The step is that of a training: forward, backward, L2, SGD with momentum.
-Several values (comma separated): all combinations, each in a process of its own. Rates are medians
-over rounds, with the lowest and highest; memory is the device's where the backend tells it, else
-that of the whole process.
+Several values (comma separated): all combinations, each in a process of its own; --output is
+written after each. Rates are medians over rounds, with the lowest and highest; memory is the
+device's where the backend tells it, else that of the whole process. Under TensorFlow XLA compiles
+at most the training step, under JAX always both.
 """
 
 import itertools
 import json
+import math
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -24,51 +27,87 @@ from cli import FLAGS
 METHODS = {"linear": ("linear", "bn"), "etf": ("etf", "bn"), "sw": ("linear", "sw")}
 GRID = ("backbone", "method", "mixed_precision", "image_size", "batch_size", "jit_compile")
 HEADER = [
-    "model", "precision", "px", "batch", "XLA", "training, images/s", "inference, images/s",
+    "model", "precision", "px", "batch", "step by XLA", "training, images/s", "inference, images/s",
     "peak memory, MB", "first step, s",
 ]  # fmt: skip
 
 
 def main():
+    import etfzoo
     from etfzoo import files
 
-    cells = [
+    cells = _combinations()
+    configs = [_config(cell) for cell in cells]  # all checked before the first is measured
+    document, failed = {}, []
+    for cell, config in zip(cells, configs, strict=True):
+        found = _measured(cell, config) if len(cells) == 1 else _in_a_process(cell)
+        if found is None:
+            failed.append(" ".join(cell.values()))
+            continue
+        document = document or found | {"rows": []}
+        document["rows"] += found["rows"]
+        if FLAGS.output:
+            files.write_text(FLAGS.output, json.dumps(document, indent=2) + "\n")
+    if document:
+        versions = ", ".join(f"{name} {v}" for name, v in document["versions"].items())
+        print(f"\n{document['hardware']}; {versions}\n")
+        for line in (HEADER, ["---"] * len(HEADER), *map(_cells, document["rows"])):
+            print(f"| {' | '.join(line)} |")
+    if failed:
+        raise etfzoo.EtfzooError(
+            f"{len(failed)} of {len(cells)} combinations failed, each with what is said above: "
+            + "; ".join(failed)
+        )
+
+
+def _combinations():
+    """All combinations of the flags, by name, as texts; checks the other flags."""
+    import etfzoo
+
+    for name in GRID:
+        if not FLAGS[name].value:
+            raise etfzoo.EtfzooError(f"--{name} is empty")
+    if FLAGS.rounds < 1:
+        raise etfzoo.EtfzooError(f"--rounds must be at least 1; got {FLAGS.rounds}")
+    if not 0 < FLAGS.seconds < math.inf:
+        raise etfzoo.EtfzooError(f"--seconds must be above 0; got {FLAGS.seconds}")
+    if FLAGS.output:
+        path = pathlib.Path(FLAGS.output)
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise etfzoo.EtfzooError(f"cannot write {path}: it must be a file in a folder of yours")
+    return [
         dict(zip(GRID, values, strict=True))
         for values in itertools.product(*(FLAGS[name].value for name in GRID))
     ]
-    if len(cells) == 1:
-        documents = [_measured(cells[0])]
-    else:
-        documents = [_in_a_process(cell) for cell in cells]
-    document = {name: documents[0][name] for name in ("hardware", "versions")}
-    document["rows"] = [row for d in documents for row in d["rows"]]
-    if FLAGS.output:
-        files.write_text(FLAGS.output, json.dumps(document, indent=2) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    print(f"\n{document['hardware']}; {versions}\n")
-    for line in (HEADER, ["---"] * len(HEADER), *map(_cells, document["rows"])):
-        print(f"| {' | '.join(line)} |")
 
 
-def _measured(cell):
-    """The document of one combination."""
+def _config(cell):
+    """The TrainConfig of one combination."""
     import keras
 
     import etfzoo
-    from etfzoo import machine, throughput
     from etfzoo.config import TrainConfig
     from etfzoo.errors import unknown
 
     if cell["method"] not in METHODS:
         raise unknown("method", cell["method"], METHODS)
-    head, norm = METHODS[cell["method"]]
     compiled = {"auto": None, "true": True, "false": False}
     if cell["jit_compile"] not in compiled:
         raise unknown("value of --jit_compile", cell["jit_compile"], compiled)
-    sizes = {
-        name: int(cli.parse_numbers(name, [cell[name]])[0]) for name in ("image_size", "batch_size")
-    }
-    config = TrainConfig(
+    if keras.backend.backend() == "jax" and cell["jit_compile"] == "false":
+        raise etfzoo.EtfzooError(
+            "XLA compiles all that JAX computes: leave out --jit_compile=false"
+        )
+    sizes = {}
+    for name in ("image_size", "batch_size"):
+        try:
+            sizes[name] = int(cell[name])
+        except ValueError as error:
+            raise etfzoo.EtfzooError(
+                f"--{name} takes whole numbers separated by commas; got {cell[name]!r}"
+            ) from error
+    head, norm = METHODS[cell["method"]]
+    return TrainConfig(
         dataset="random pixels",
         backbone=cell["backbone"],
         head=head,
@@ -81,13 +120,22 @@ def _measured(cell):
         tpu=FLAGS.tpu,
         num_virtual_devices=FLAGS.num_virtual_devices,
     )
+
+
+def _measured(cell, config):
+    """The document of one combination."""
+    import keras
+
+    import etfzoo
+    from etfzoo import machine, throughput
+
     strategy = cli.open_strategy(config)
     print(f"measuring {' '.join(map(str, cell.values()))}", flush=True)
     found = throughput.synthetic(config, FLAGS.num_classes, FLAGS.rounds, FLAGS.seconds)
-    row = cell | sizes
+    row = cell | {name: getattr(config, name) for name in ("image_size", "batch_size")}
     for name in ("training", "inference"):
         row[name] = vars(found[name])
-    row |= {name: found[name] for name in ("peak_memory", "memory_of")}
+    row |= {name: found[name] for name in ("peak_memory", "memory_of", "jit_compile")}
     backend = keras.backend.backend()
     modules = {"etfzoo": etfzoo, "keras": keras, backend: sys.modules[backend]}
     return {
@@ -98,23 +146,19 @@ def _measured(cell):
 
 
 def _in_a_process(cell):
-    """The document of one combination, measured in a process of its own."""
-    import etfzoo
-
+    """The document of one combination, measured in a process of its own; None if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "cell.json")
         given = [f"--{name}={value}" for name, value in (cell | {"output": path}).items()]
         kept = ("strategy", "tpu", "num_virtual_devices", "num_classes", "rounds", "seconds")
         given += [f"--{n}={FLAGS[n].value}" for n in kept if FLAGS[n].value is not None]
-        process = subprocess.run(
-            [sys.executable, __file__, *given], stdout=subprocess.PIPE, text=True
-        )
+        print(f"measuring {' '.join(cell.values())}", flush=True)
+        process = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True)
         if process.returncode:
-            raise etfzoo.EtfzooError(
-                f"measuring {' '.join(cell.values())} failed, with what is said above; exit code "
-                f"{process.returncode}"
-            )
+            print(process.stdout + process.stderr, end="", flush=True)
+            return None
         print(process.stdout.splitlines()[-1], flush=True)
+        sys.stderr.write(process.stderr)
         with open(path) as file:
             return json.load(file)
 
@@ -129,7 +173,7 @@ def _cells(row):
         row["mixed_precision"].replace("none", "float32"),
         str(row["image_size"]),
         str(row["batch_size"]),
-        row["jit_compile"],
+        "yes" if row["jit_compile"] else "no",
         rate("training"),
         rate("inference"),
         f"{row['peak_memory'] / 1e6:.0f} ({row['memory_of']})",

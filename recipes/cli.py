@@ -172,22 +172,15 @@ def print_profile(config):
     rates = throughput.profile(config, seconds=2)
     for name, says in (
         ("input", "images delivered, with nobody taking time for them"),
-        ("step", "steps on one batch that the device holds"),
+        ("step", "steps on one batch in memory"),
         ("training", "steps on delivered images, as in a run"),
     ):
         r = rates[name]
         print(f"  {r.median:9.1f} images/s ({r.lowest:.1f} to {r.highest:.1f}): {says}")
-    ready, step, both = (rates[name].median for name in ("input", "step", "training"))
-    lost = max(0.0, 1 - both / step)
-    if ready < step:
-        print(
-            f"input-bound: the step could take {step / ready:.1f} times the images that arrive. "
-            "Give the host more cores, store smaller images, or try --cache=device with JAX."
-        )
-    else:
-        print(f"not input-bound: images arrive {ready / step:.1f} times as fast as they are used")
-    if lost >= 0.02:
-        print(f"{100 * lost:.0f} % of the step's rate is lost to the input")
+    cacheable = config.cache != "device" and not (
+        config.rand_augment or config.mixup or config.cutmix
+    )
+    print(throughput.verdict(rates, cacheable))
 
 
 def train_config(task, **known):

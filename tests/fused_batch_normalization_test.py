@@ -167,6 +167,21 @@ def test_traced_once_for_every_size(jit, mean, bound):
     assert function.experimental_get_tracing_count() == 1
 
 
+def test_the_op_is_left_alone_where_xla_may_choose_what_it_compiles(monkeypatch):
+    def fuses():
+        return has_fused_op(tf.function(make()).get_concrete_function(data(8, 5, 7)).graph)
+
+    assert fuses()
+    tf.config.optimizer.set_jit(True)
+    try:
+        assert not fuses()
+    finally:
+        tf.config.optimizer.set_jit(False)
+    assert fuses()
+    monkeypatch.setenv("TF_XLA_FLAGS", "--tf_xla_auto_jit=2")
+    assert not fuses()
+
+
 def test_channels_that_are_constant():
     x = tf.fill((4, 5, 7, C), 3.1)
     for jit in (False, True):

@@ -85,6 +85,12 @@ def test_enhancements_equal_pillow(name, factor):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 2), (3, 2)])
+def test_sharpness_of_a_few_pixels_changes_nothing(shape):
+    image = tf.constant(np.random.default_rng(0).integers(256, size=(*shape, 3)), tf.float32)
+    np.testing.assert_array_equal(rand_augment.sharpness(image, 1.9), image)
+
+
 def assert_same_but_for_ties(image, found, matrix):
     """Compares a transformed image with Pillow's of `matrix`, as `Image.transform` takes it.
 

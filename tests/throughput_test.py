@@ -1,14 +1,17 @@
 """Measuring of throughput: what is counted, and the recipes that print it."""
 
+import dataclasses
 import json
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from etfzoo import throughput
 from etfzoo.config import TrainConfig
 from etfzoo.data.pipeline import Pipeline
+from etfzoo.errors import EtfzooError
 from testing import run_recipe
 
 
@@ -80,12 +83,63 @@ def test_benchmark_prints_what_it_writes(tmp_path):
     "flag, message",
     [
         ("--method=arcface", "unknown method 'arcface'; known: etf, linear, sw"),
-        ("--batch_size=many", "--batch_size takes numbers"),
+        ("--batch_size=many", "--batch_size takes whole numbers separated by commas; got 'many'"),
+        ("--image_size=64.7", "--image_size takes whole numbers separated by commas; got '64.7'"),
+        ("--batch_size=2,0", "batch_size must be at least 1; got 0"),  # before the first is run
+        ("--backbone=", "--backbone is empty"),
+        ("--rounds=0", "--rounds must be at least 1; got 0"),
+        ("--seconds=nan", "--seconds must be above 0; got nan"),
+        ("--output=/nonexistent/x.json", "cannot write /nonexistent/x.json"),
         ("--backbone=rn18", "no simplex ETF of 1000 classes exists in 512 dimensions"),
     ],
 )
 def test_benchmark_refuses_in_one_line(flag, message):
     assert message in run_recipe("benchmark", flag, code=2)
+
+
+def test_a_combination_that_fails_does_not_take_the_others_along(tmp_path):
+    path = tmp_path / "here.json"
+    out = run_recipe(
+        "benchmark", "--backbone=rn18", "--method=linear", "--image_size=16", "--batch_size=3,4",
+        "--num_classes=7", "--rounds=1", "--seconds=0.2", "--strategy=mirrored",
+        "--num_virtual_devices=2", f"--output={path}", code=2,
+    )  # fmt: skip
+    assert "1 of 2 combinations failed" in out and "rn18 linear none 16 3 auto" in out
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["batch_size"] == 4 and row["jit_compile"] is False
+    assert f"| {row['training']['median']:.1f} (" in out
+
+
+def test_a_run_is_input_bound_where_its_step_loses_by_its_input():
+    def verdict(ready, step, both, cacheable=True):
+        rates = dict(zip(("input", "step", "training"), (ready, step, both), strict=True))
+        rates = {name: throughput.Rate(rate, rate, rate, 0.0) for name, rate in rates.items()}
+        return throughput.verdict(rates, cacheable)
+
+    assert verdict(300, 100, 96).startswith("not input-bound: 4 % of the step's rate is lost")
+    assert verdict(300, 100, 101).startswith("not input-bound: 0 %")
+    slow, shared = verdict(50, 100, 49), verdict(300, 100, 75)
+    assert slow.startswith("input-bound: 51 %") and "2.0 times what arrives" in slow
+    assert shared.startswith("input-bound: 25 %") and "share the processor" in shared
+    assert "--cache=device" in slow and "--cache=device" not in verdict(50, 100, 49, False)
+
+
+def test_profile_names_a_broken_image_or_leaves_it_out(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.new("RGB", (24, 24), (9 * i, 0, 0)).save(tmp_path / name / f"{i}.jpg")
+    broken = tmp_path / "cat" / "7.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    config = TrainConfig(
+        f"folder:{tmp_path}", backbone="rn18", head="linear", image_size=8, batch_size=8,
+        strategy="auto", train_split="train", ema=0.9,
+    )  # fmt: skip
+    with pytest.raises(EtfzooError, match=r"cat/7\.jpg .* is not a readable image"):
+        throughput.profile(config, rounds=1, seconds=0.2)
+    config = dataclasses.replace(config, skip_corrupt=True)
+    rates = throughput.profile(config, rounds=1, seconds=0.2)
+    assert all(rate.median > 0 for rate in rates.values())
 
 
 def test_profile_of_a_recipe_says_what_it_waits_for_and_writes_nothing(embedded_dir, tmp_path):

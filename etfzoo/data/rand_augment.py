@@ -132,6 +132,8 @@ def brightness(image, factor):
 
 def sharpness(image, factor):
     """Blurs (factor 0: by a 3x3 kernel, centre 5/13, else 1/13) or sharpens."""
+    if min(image.shape[:2]) < 3:
+        return image  # all pixels are outermost ones
     rows = image[:-2] + image[1:-1] + image[2:]
     blurred = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * image[1:-1, 1:-1]
     inner = _enhance(tf.floor(blurred / 13 + 0.5), image[1:-1, 1:-1], factor)

@@ -1,5 +1,7 @@
 """Batch normalisation by TensorFlow's fused op."""
 
+import os
+
 import keras
 from keras import ops
 
@@ -24,7 +26,11 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     axes and dtypes, masks, `renorm`, a layer without scale or centre, statistics over several
     replicas, training with a frozen layer (the op's gradient for constant statistics does not
     repeat bit for bit on GPUs), and whatever XLA compiles: XLA fuses the formula by itself, and
-    would turn the op's variance into E[x^2] - E[x]^2, which loses digits and can become negative.
+    would turn the op's variance into E[x^2] - E[x]^2, which loses digits and can become negative
+    (with `tf.config.optimizer.set_jit` or TF_XLA_FLAGS=--tf_xla_auto_jit, that is everything).
+
+    On GPUs with deterministic ops TensorFlow has no gradient of the op in inference mode: there,
+    take gradients of `stock(model)(images, training=False)`, see `etfzoo.backbones.stock`.
 
     In weight files the layer goes by the name of Keras's, so that each loads the other's.
 
@@ -70,7 +76,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             and dtype == self.compute_dtype
             and dtype in ("float32", "float16", "bfloat16")
             and not (training and (not self.trainable or self._over_replicas()))
-            and not GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+            and not _xla_compiles()
         )
 
     def _over_replicas(self) -> bool:
@@ -83,6 +89,15 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         config = super().get_config()
         del config["synchronized"]
         return config
+
+
+def _xla_compiles() -> bool:
+    """Whether XLA compiles what is being traced, or may choose to."""
+    return bool(
+        GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+        or tf.config.optimizer.get_jit()
+        or "tf_xla_auto_jit" in os.environ.get("TF_XLA_FLAGS", "")
+    )
 
 
 # Keras's weight files address layers by the names of their classes.

@@ -107,8 +107,8 @@ def remove_temporaries(directory) -> None:
 def without_place(name: str) -> str:
     """A name without the folders of this machine that it starts with, for what is published.
 
-    `/home/me/runs/a` becomes `a`, `folder:../photos` becomes `folder:photos`; relative ones and
-    addresses stay.
+    `/home/me/runs/a` becomes `a`, `folder:../photos` becomes `folder:photos`; what lies below the
+    current folder stays, and so do addresses.
     """
     kind, colon, path = name.rpartition(":")
     if not path.startswith(("/", "~", "..")) or path.startswith("//"):

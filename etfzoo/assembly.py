@@ -77,7 +77,9 @@ def make_pipeline(
         *model.spec.input_shape[:2],
         model.spec.crop,
         config.batch_size,
-        Augmentation(config.augment, config.min_area, config.flip, config.rand_augment),
+        Augmentation(
+            config.augment, config.min_area, config.flip, config.rand_augment, config.antialias
+        ),
         config.seed,
         corrupt,
         mixing(config),

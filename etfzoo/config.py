@@ -40,7 +40,7 @@ class TrainConfig:
         mean, std: normalisation of a new model, per channel in 0..255; with `init` the model's.
         image_size: height and width in pixels.
         crop: share of the shorter side that evaluation keeps.
-        augment, min_area, flip: see `etfzoo.data.augment.Augmentation`.
+        augment, min_area, antialias, flip: see `etfzoo.data.augment.Augmentation`.
         protocol: name of the row in `etfzoo.protocols` that the values came from.
         epochs: passes over the training split.
         batch_size: examples a step, over all devices.
@@ -93,6 +93,7 @@ class TrainConfig:
     crop: float = 0.875
     augment: str = "resized_crop"
     min_area: float = 0.08
+    antialias: bool = True
     flip: bool = True
     protocol: str = "paper"
     epochs: int = 100

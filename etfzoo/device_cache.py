@@ -44,7 +44,7 @@ class DeviceCache:
             )
         self.pipeline = pipeline
         self.strategy = strategy
-        self._held = {}  # split -> images on the devices [N, H, W, 3], shapes of each [N, 3]
+        self._held = {}  # (split, fast) -> images on the devices [N, H, W, 3], shapes of each [N, 3]
         self._pixels = jax.jit(self._make, out_shardings=strategy.split)
 
     def training(self, split: str, epoch: int, start_step: int = 0):
@@ -53,7 +53,7 @@ class DeviceCache:
         Raises:
             EtfzooError: the split is too large for this machine or device.
         """
-        shapes = self._hold(split)[1]
+        images, shapes = self._hold(split, fast=True)
         seed = self.pipeline.draw_seed(epoch)
         size, augmentation = self.pipeline.preprocessing, self.pipeline.augmentation
         height, width, crop = size
@@ -65,7 +65,7 @@ class DeviceCache:
 
         share = Share()
         records = self.pipeline.training_records(split, epoch, start_step, share)
-        return self._batches(split, records.map(drawn, PARALLEL), share)
+        return self._batches(images, records.map(drawn, PARALLEL), share)
 
     def evaluation(self, split: str):
         """Yields the batches of `Pipeline.evaluation` as JAX arrays; all whole, see there.
@@ -73,33 +73,33 @@ class DeviceCache:
         Raises:
             EtfzooError: the split is too large for this machine or device.
         """
-        shapes = self._hold(split)[1]
+        images, shapes = self._hold(split)
         height, width, crop = self.pipeline.preprocessing
         pad = tf.constant(augment.padding(height, width))
 
         def drawn(record):
             shape = tf.gather(shapes, record["index"])
-            window = augment.evaluation_window(shape, height, width, crop)
-            return record["index"], window, True, pad, False, record["label"]
+            windows = augment.evaluation_window(shape, height, width, crop)
+            return record["index"], *windows, True, pad, False, record["label"]
 
         share = Share()
         records = self.pipeline.evaluation_records(split, share)
-        return self._batches(split, records.map(drawn, PARALLEL), share)
+        return self._batches(images, records.map(drawn, PARALLEL), share)
 
-    def _batches(self, split, draws, share):
-        images = self._held[split][0]
+    def _batches(self, images, draws, share):
         draws = self.pipeline.batched(draws, share, drop_remainder=False)
         for *drawn, labels in draws.as_numpy_iterator():
             drawn = [jax.device_put(d, self.strategy.split) for d in drawn]
             yield self._pixels(images, *drawn), labels
 
-    def _hold(self, split):
-        if split not in self._held:
-            images, shapes = self._decoded(split)
-            self._held[split] = jax.device_put(images, self.strategy.replicated), shapes
-        return self._held[split]
+    def _hold(self, split, fast=False):
+        if (split, fast) not in self._held:
+            images, shapes = self._decoded(split, fast)
+            images = jax.device_put(images, self.strategy.replicated)
+            self._held[split, fast] = images, shapes
+        return self._held[split, fast]
 
-    def _decoded(self, split):
+    def _decoded(self, split, fast):
         """All images of a split, below and right of which is black, and their shapes."""
         records = self.pipeline.evaluation_records(split)
         if "index" not in records.element_spec:
@@ -107,7 +107,7 @@ class DeviceCache:
                 f"the {split} split of {self.pipeline.source.name} is too large for --cache=device"
             )
         decoded = records.map(
-            lambda record: (record["index"], augment.decode(record["image"])), PARALLEL
+            lambda record: (record["index"], augment.decode(record["image"], fast)), PARALLEL
         )
         count = self.pipeline.source.size(split)
         shapes = np.zeros((count, 3), np.int32)
@@ -136,12 +136,14 @@ class DeviceCache:
                 "device: leave out --cache=device"
             )
 
-    def _make(self, images, index, window, antialias, shift, flip):
+    def _make(self, images, index, region, window, antialias, shift, flip):
         """Images uint8 of a batch from what was drawn for it; see `augment.training_image`."""
         height, width, _ = self.pipeline.preprocessing
         pixels = images[index].astype(jnp.float32)
-        rows = _weights(window[:, 0], window[:, 2], antialias, height, pixels.shape[1])
-        columns = _weights(window[:, 1], window[:, 3], antialias, width, pixels.shape[2])
+        rows, columns = (
+            _weights(region[:, axis::2], window[:, axis::2], antialias, new, pixels.shape[1 + axis])
+            for axis, new in enumerate((height, width))
+        )
         pixels = jnp.einsum("boh,bhwc->bowc", rows, pixels, precision="highest")
         pixels = jnp.einsum("bpw,bowc->bopc", columns, pixels, precision="highest")
         pixels = jnp.round(pixels).astype(jnp.uint8)
@@ -154,24 +156,24 @@ class DeviceCache:
         return jnp.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
 
 
-def _weights(start, length, antialias, size, pixels):
-    """The bilinear filter from a window of an axis to its new pixels.
+def _weights(region, window, antialias, size, pixels):
+    """The bilinear filter from windows of an axis to their new pixels.
 
     Args:
-        start, length: of the windows, `[B]`.
+        region, window: start and length of what is read and of what is shown, `[B, 2]`.
         antialias: whether the filter grows with the window, `[B]`.
         size: new pixels.
         pixels: of the axis.
 
     Returns:
-        float32 `[B, size, pixels]`, rows of sum 1, zero outside of the window: the triangle filter
-        that `tf.image.resize` applies to what was cut out.
+        float32 `[B, size, pixels]`, rows of sum 1, zero outside of the region.
     """
-    start, length = (x.astype(jnp.float32)[:, None, None] for x in (start, length))
+    first, count = (region[:, i, None, None].astype(jnp.float32) for i in range(2))
+    start, length = (window[:, i, None, None] for i in range(2))
     scale = length / size
     radius = jnp.where(antialias[:, None, None], jnp.maximum(scale, 1), 1)
     centers = start + scale * (jnp.arange(size, dtype=jnp.float32)[None, :, None] + 0.5)
     positions = jnp.arange(pixels, dtype=jnp.float32)[None, None] + 0.5
     weights = jnp.maximum(0, 1 - jnp.abs(positions - centers) / radius)
-    weights = jnp.where((positions > start) & (positions < start + length), weights, 0)
+    weights = jnp.where((positions > first) & (positions < first + count), weights, 0)
     return weights / weights.sum(-1, keepdims=True)

@@ -77,6 +77,9 @@ def training_flags(protocol):
     """Flags with the names of TrainConfig's fields; unset ones come from the protocol."""
     string("Data", "augment", None, "resized_crop, shift or none (default: the protocol's)")
     real("Data", "min_area", None, "smallest share of the image in a resized crop")
+    boolean(
+        "Data", "antialias", None, "filter resized crops as evaluation does (default: the protocol's)"
+    )
     boolean("Data", "flip", None, "mirror half of the images (default: the data set's row)")
     boolean("Data", "skip_corrupt", None, "check every image first and leave out broken ones")
     integer("Data", "image_size", None, "height and width in pixels (default: the protocol's)")

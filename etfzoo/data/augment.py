@@ -5,6 +5,7 @@ the order nor on the number of threads.
 """
 
 import dataclasses
+import math
 
 import tensorflow as tf
 
@@ -12,6 +13,8 @@ from etfzoo.data.rand_augment import MAX_MAGNITUDE, rand_augment
 from etfzoo.errors import EtfzooError, unknown
 
 CROPS = ("resized_crop", "shift", "none")
+MAX_RATIO = 4 / 3  # of the longer to the shorter side of a resized crop
+TRIES = 10  # draws of a resized crop until one fits into the image
 MAX_PIXELS = 2**26  # of an image from a stranger; decoding takes up to some 6 bytes a pixel
 
 
@@ -20,11 +23,14 @@ class Augmentation:
     """What is drawn at random for a training image.
 
     Attributes:
-        crop: `"resized_crop"` (a random window, resized: Szegedy et al. 2015; antialiased where it
-            is more than twice the target), `"shift"` (the whole image resized, then moved by up to
-            an eighth of its side over black: the usual CIFAR augmentation) or `"none"` (the
+        crop: `"resized_crop"` (a random window, resized: Szegedy et al. 2015, drawn as by
+            torchvision's RandomResizedCrop), `"shift"` (the whole image resized, then moved by up
+            to an eighth of its side over black: the usual CIFAR augmentation) or `"none"` (the
             evaluation crop).
         min_area: smallest share of the image in a resized crop.
+        antialias: whether a resized crop that is made smaller is always filtered, as evaluation
+            is; otherwise only one of more than twice the target, which takes less time and leaves
+            training images sharper than those of evaluation.
         flip: whether half of the images are mirrored left to right.
         rand_augment: magnitude of RandAugment's two operations, in 0..10; 0 is none.
     """
@@ -33,6 +39,7 @@ class Augmentation:
     min_area: float = 0.08
     flip: bool = True
     rand_augment: float = 0.0
+    antialias: bool = True
 
     def __post_init__(self):
         if self.crop not in CROPS:
@@ -43,10 +50,24 @@ class Augmentation:
             raise EtfzooError(f"rand_augment must be between 0 and 10; got {self.rand_augment}")
 
 
-def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """An encoded JPEG, PNG, BMP or GIF string as uint8 RGB `[H, W, 3]`."""
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+def decode(encoded: tf.Tensor, fast: bool = False) -> tf.Tensor:
+    """An encoded JPEG, PNG, BMP or GIF string as uint8 RGB `[H, W, 3]`.
+
+    Args:
+        encoded: scalar string.
+        fast: whether a JPEG is decoded with the fast approximation of the cosine transform, some
+            levels of 255 off; otherwise its pixels are those of Pillow.
+    """
+    image = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_dct_method(fast)),
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
     return tf.ensure_shape(image, [None, None, 3])
+
+
+def _dct_method(fast):
+    return "INTEGER_FAST" if fast else "INTEGER_ACCURATE"
 
 
 def check_size(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
@@ -86,12 +107,14 @@ def check_size(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
         return tf.identity(encoded)
 
 
-def _decode_window(encoded, window):
-    """The given window as uint8; a JPEG's other rows and columns are not decoded."""
-    top, left, height, width = tf.unstack(window)
+def _decode_region(encoded, region, fast=False):
+    """The given rows and columns as uint8; a JPEG's others are not decoded."""
+    top, left, height, width = tf.unstack(region)
     return tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_and_crop_jpeg(encoded, window, channels=3),
+        lambda: tf.io.decode_and_crop_jpeg(
+            encoded, region, channels=3, dct_method=_dct_method(fast)
+        ),
         lambda: tf.slice(decode(encoded), [top, left, 0], [height, width, 3]),
     )
 
@@ -105,47 +128,118 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _resize(image, height, width, antialias=True):
-    image = tf.image.resize(image, [height, width], method="bilinear", antialias=antialias)
+def _resample(pixels, window, height, width):
+    """A window at fractional places, resized with a triangle filter as wide as its pixels need.
+
+    Args:
+        pixels: `[H, W, 3]`.
+        window: float `[4]`, top, left, height and width; the filter also reads pixels around it.
+        height, width: target size in pixels.
+    """
+    scale = [float(height), float(width)] / window[2:]
+    image = tf.raw_ops.ScaleAndTranslate(
+        images=pixels[None],
+        size=[height, width],
+        scale=scale,
+        translation=-window[:2] * scale,
+        kernel_type="triangle",
+        antialias=True,
+    )[0]
+    return tf.round(tf.ensure_shape(image, [height, width, 3]))
+
+
+def _interpolate(pixels, height, width):
+    """All pixels resized without a filter against aliasing."""
+    image = tf.image.resize(pixels, [height, width], method="bilinear")
     return tf.round(tf.ensure_shape(image, [height, width, 3]))
 
 
 def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
     """The deterministic image of evaluation and serving.
 
-    The largest centred window of the target's aspect, shrunk by `crop`, is resized with an
-    antialiased bilinear filter. It is what resizing first and cropping then shows, to less than a
-    pixel, at a cost that very long images cannot blow up.
+    What resizing with an antialiased bilinear filter and then cropping the centre shows, at a cost
+    that very long images cannot blow up: the largest centred window of the target's aspect, shrunk
+    by `crop`, at fractions of a pixel where it falls there. torchvision's Resize and CenterCrop
+    round the sides and the origin to whole pixels in between, so that its window may lie up to half
+    a target pixel beside this one.
 
     Args:
-        encoded: scalar string.
+        encoded: scalar string. JPEGs are decoded exactly, see `decode`.
         height, width: target size in pixels.
         crop: share of the shorter side that is kept, e.g. 0.875.
 
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    window = evaluation_window(image_shape(encoded), height, width, crop)
-    return _resize(_decode_window(encoded, window), height, width)
+    region, window = evaluation_window(image_shape(encoded), height, width, crop)
+    pixels = _decode_region(encoded, region)
+    return _resample(pixels, _inside(window, region), height, width)
 
 
 def evaluation_pixels(image: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
     """As `evaluation_image`, of a decoded image `[H, W, 3]` in 0..255."""
-    top, left, rows, columns = tf.unstack(evaluation_window(tf.shape(image), height, width, crop))
-    return _resize(tf.slice(image, [top, left, 0], [rows, columns, 3]), height, width)
+    region, window = evaluation_window(tf.shape(image), height, width, crop)
+    top, left, rows, columns = tf.unstack(region)
+    pixels = tf.slice(image, [top, left, 0], [rows, columns, 3])
+    return _resample(pixels, _inside(window, region), height, width)
 
 
-def evaluation_window(shape: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
-    """Top, left, height and width of what evaluation keeps of an image, int32 `[4]`.
+def _inside(window, region):
+    """A window counted from the corner of a region."""
+    return tf.concat([window[:2] - tf.cast(region[:2], tf.float32), window[2:]], 0)
+
+
+def evaluation_window(
+    shape: tf.Tensor, height: int, width: int, crop: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What evaluation shows of an image, and the pixels that it reads for that.
 
     Args:
         shape: of the image, int32 `[H, W, ...]`.
         height, width, crop: see `evaluation_image`.
+
+    Returns:
+        `region`: int32 `[4]`, top, left, height and width of the window and of what the filter
+        reads around it; `window`: float32 `[4]`, the same of what is shown.
     """
     shape = tf.cast(shape[:2], tf.float32)
     scale = crop * tf.minimum(shape[0] / height, shape[1] / width)
-    size = tf.clip_by_value(tf.round(scale * [float(height), float(width)]), 1.0, shape)
-    return tf.cast(tf.concat([(shape - size) / 2, size], 0), tf.int32)
+    size = scale * [float(height), float(width)]
+    start = (shape - size) / 2
+    reach = tf.maximum(scale, 1.0)  # of the filter, to each side of the middle of a target pixel
+    first = tf.maximum(tf.floor(start - reach), 0.0)
+    last = tf.minimum(tf.math.ceil(start + size + reach), shape)
+    region = tf.cast(tf.concat([first, last - first], 0), tf.int32)
+    return region, tf.concat([start, size], 0)
+
+
+def random_window(shape: tf.Tensor, key: tf.Tensor, min_area: float) -> tf.Tensor:
+    """The window of a random resized crop, as torchvision's RandomResizedCrop draws it.
+
+    Its area is uniform in `[min_area, 1]` of the image's, the logarithm of its ratio of width to
+    height uniform between those of 3/4 and 4/3, its place uniform. Where ten draws do not fit into
+    the image, it is the largest centred window of a ratio that is allowed.
+
+    Args:
+        shape: of the image, int32 `[H, W, ...]`.
+        key: int `[2]`, stateless seed.
+        min_area: in (0, 1].
+
+    Returns:
+        int32 `[4]`: top, left, height and width.
+    """
+    numbers = tf.random.stateless_uniform([TRIES + 1, 2], key)
+    sides = tf.cast(shape[:2], tf.float32)
+    area = tf.reduce_prod(sides) * (min_area + (1 - min_area) * numbers[:TRIES, 0])
+    root = tf.exp((numbers[:TRIES, 1] - 0.5) * math.log(MAX_RATIO))  # of width / height
+    sizes = tf.round(tf.sqrt(area)[:, None] * tf.stack([1 / root, root], 1))
+    fits = tf.reduce_all((sizes > 0) & (sizes <= sides), 1)
+    largest = tf.minimum(sides, tf.round(sides[::-1] * MAX_RATIO))
+    any_fits = tf.reduce_any(fits)
+    size = tf.where(any_fits, sizes[tf.argmax(fits, output_type=tf.int32)], largest)
+    free = sides - size
+    start = tf.floor(tf.where(any_fits, numbers[TRIES] * (free + 1), free / 2))
+    return tf.cast(tf.concat([start, size], 0), tf.int32)
 
 
 def training_image(
@@ -168,18 +262,18 @@ def training_image(
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    window, antialias, shift, flip = draw(
+    region, window, antialias, shift, flip = draw(
         image_shape(encoded), key, height, width, augmentation, crop
     )
-    pixels = _decode_window(encoded, window)
+    pixels = _decode_region(encoded, region, fast=True)
     if augmentation.crop == "resized_crop":
         image = tf.cond(
             antialias,
-            lambda: _resize(pixels, height, width),
-            lambda: _resize(pixels, height, width, antialias=False),
+            lambda: _resample(pixels, _inside(window, region), height, width),
+            lambda: _interpolate(pixels, height, width),
         )
     else:
-        image = _resize(pixels, height, width)
+        image = _resample(pixels, _inside(window, region), height, width)
     if augmentation.crop == "shift":
         pad_h, pad_w = padding(height, width)
         image = tf.pad(image, [[pad_h, pad_h], [pad_w, pad_w], [0, 0]])
@@ -206,40 +300,32 @@ def draw(
         key, height, width, augmentation, crop: see `training_image`.
 
     Returns:
-        `window`: int32 `[4]`, top, left, height and width of what is resized; `antialias`: whether
-        the filter grows with the window, which takes about as long as decoding. A resized crop of
-        at most twice the target does without: interpolation still reads every pixel of it;
-        `shift`: int32 `[2]`, top and left of what is then kept of the padded image, where the crop
-        is `"shift"`; `flip`: whether the image is mirrored.
+        `region`, `window`: what is read and what is shown of the image, see `evaluation_window`; a
+        resized crop reads nothing outside of its window; `antialias`: whether the filter grows with
+        the window; `shift`: int32 `[2]`, top and left of what is then kept of the padded image,
+        where the crop is `"shift"`; `flip`: whether the image is mirrored.
     """
     crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
     antialias, shift = tf.constant(True), tf.zeros([2], tf.int32)
     if augmentation.crop == "resized_crop":
-        begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-            shape,
-            bounding_boxes=tf.zeros([1, 0, 4]),
-            seed=crop_key,
-            min_object_covered=0.0,
-            aspect_ratio_range=(3 / 4, 4 / 3),
-            area_range=(augmentation.min_area, 1.0),
-            max_attempts=10,
-            use_image_if_no_bounding_boxes=True,
-        )
-        window = tf.concat([begin[:2], size[:2]], 0)
-        antialias = tf.reduce_any(window[2:] > [2 * height, 2 * width])
+        region = random_window(shape, crop_key, augmentation.min_area)
+        window = tf.cast(region, tf.float32)
+        # Interpolation alone still reads every pixel of a crop of at most twice the target.
+        factor = 1 if augmentation.antialias else 2
+        antialias = tf.reduce_any(region[2:] > [factor * height, factor * width])
     elif augmentation.crop == "shift":
-        window = evaluation_window(shape, height, width, crop=1.0)
+        region, window = evaluation_window(shape, height, width, crop=1.0)
         positions = 2 * tf.constant(padding(height, width)) + 1
         # Of three numbers, of which the channels' is not used: what
         # tf.image.stateless_random_crop draws.
         numbers = tf.random.stateless_uniform([3], crop_key, 0, tf.int32.max, tf.int32)
         shift = numbers[:2] % positions
     else:
-        window = evaluation_window(shape, height, width, crop)
+        region, window = evaluation_window(shape, height, width, crop)
     flip = tf.constant(False)
     if augmentation.flip:
         flip = tf.random.stateless_uniform([], flip_key) < 0.5
-    return window, antialias, shift, flip
+    return region, window, antialias, shift, flip
 
 
 def padding(height: int, width: int) -> tuple[int, int]:

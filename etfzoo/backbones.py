@@ -210,17 +210,22 @@ def _copy(network, replacements, inputs=None) -> keras.Model:
             return replacements[layer.name]
         return layer.__class__.from_config(layer.get_config())
 
-    copy = keras.models.clone_model(
-        network,
-        input_tensors=inputs,
-        clone_function=clone,
-        # KerasCV's norms are called with a mask of None.
-        call_function=lambda layer, *args, **kwargs: layer(*args, **kwargs),
-    )
+    copy = rebuild(network, inputs, clone)
     for layer in network.layers:
         if layer.weights and layer.name not in replacements:
             copy.get_layer(layer.name).set_weights(layer.get_weights())
     return copy
+
+
+def rebuild(network: keras.Model, inputs, clone_function) -> keras.Model:
+    """The graph of a functional model on other inputs, from what a function makes of each layer."""
+    return keras.models.clone_model(
+        network,
+        input_tensors=inputs,
+        clone_function=clone_function,
+        # KerasCV's norms are called with a mask of None.
+        call_function=lambda layer, *args, **kwargs: layer(*args, **kwargs),
+    )
 
 
 def tap_layers(name: str) -> dict[str, str]:

@@ -126,6 +126,13 @@ class ImageClassifier(keras.Model):
             names["logits"] = "logits"
         return {tap: self.get_layer(layer).output for tap, layer in names.items()}
 
+    def at_size(self, height: int, width: int) -> keras.Model:
+        """The same layers with the same weights, on images of another size in pixels."""
+        if (height, width) == self.spec.input_shape[:2]:
+            return self
+        images = keras.Input((height, width, 3), name="images", dtype=self.inputs[0].dtype)
+        return backbones.rebuild(self, images, lambda layer: layer)
+
     def get_config(self):
         return {"spec": dataclasses.asdict(self.spec), "name": self.name}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 from pathlib import Path
 
 from etfzoo import files
@@ -39,6 +40,9 @@ class TrainConfig:
             backbone and norm are the loaded model's.
         mean, std: normalisation of a new model, per channel in 0..255; with `init` the model's.
         image_size: height and width in pixels.
+        image_size_schedule: progressive resizing: pairs of a size in pixels and the epochs that are
+            trained at it, from the start; the other epochs, at least one, are trained at
+            `image_size`, which evaluation always has. Empty trains at `image_size` throughout.
         crop: share of the shorter side that evaluation keeps.
         augment, min_area, antialias, flip: see `etfzoo.data.augment.Augmentation`.
         protocol: name of the row in `etfzoo.protocols` that the values came from.
@@ -90,6 +94,7 @@ class TrainConfig:
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
     image_size: int = 224
+    image_size_schedule: tuple[tuple[int, int], ...] = ()
     crop: float = 0.875
     augment: str = "resized_crop"
     min_area: float = 0.08
@@ -132,6 +137,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("mean", "std", "step_epochs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_sizes()
         for name, choices in (
             ("backbone", BACKBONES),
             ("head", HEADS),
@@ -179,6 +185,36 @@ class TrainConfig:
             if not (low <= value <= high and math.isfinite(value)):
                 limit = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
                 raise EtfzooError(f"{name} must be {limit}; got {value}")
+
+    def _check_sizes(self):
+        stages = self.image_size_schedule
+        try:
+            stages = tuple(
+                (operator.index(size), operator.index(epochs)) for size, epochs in stages
+            )
+        except (TypeError, ValueError) as error:
+            raise EtfzooError(
+                f"image_size_schedule must be pairs of a size in pixels and epochs; got {stages!r}"
+            ) from error
+        object.__setattr__(self, "image_size_schedule", stages)
+        if not all(1 <= size <= 8192 and epochs >= 1 for size, epochs in stages):
+            raise EtfzooError(
+                "image_size_schedule takes sizes between 1 and 8192 and at least one epoch each; "
+                f"got {stages}"
+            )
+        if stages and sum(epochs for _, epochs in stages) >= self.epochs:
+            raise EtfzooError(
+                f"image_size_schedule leaves none of the {self.epochs} epochs for image_size: "
+                f"{stages}"
+            )
+
+    def train_size(self, epoch: int) -> int:
+        """Height and width in pixels of the images that an epoch (from 0) trains on."""
+        for size, epochs in self.image_size_schedule:
+            if epoch < epochs:
+                return size
+            epoch -= epochs
+        return self.image_size
 
     def save(self, path: Path) -> None:
         """Writes the complete configuration as JSON, atomically."""

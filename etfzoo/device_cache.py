@@ -47,6 +47,12 @@ class DeviceCache:
         self._held = {}  # (split, fast) -> images on the devices [N, H, W, 3], shapes of each [N, 3]
         self._pixels = jax.jit(self._make, out_shardings=strategy.split)
 
+    def at_size(self, height: int, width: int) -> "DeviceCache":
+        """The same images, held once, at another size in pixels."""
+        other = DeviceCache(self.pipeline.at_size(height, width), self.strategy)
+        other._held = self._held
+        return other
+
     def training(self, split: str, epoch: int, start_step: int = 0):
         """Yields the batches of `Pipeline.training` as JAX arrays.
 

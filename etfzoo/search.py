@@ -136,6 +136,8 @@ def trial(candidate: TrainConfig, epochs=None) -> TrainConfig:
         share = epochs / candidate.epochs
         changes |= {"epochs": epochs, "warmup_epochs": candidate.warmup_epochs * share}
         changes |= {"step_epochs": tuple(round(e * share) for e in candidate.step_epochs)}
+        stages = [(size, int(e * share)) for size, e in candidate.image_size_schedule]
+        changes |= {"image_size_schedule": tuple(stage for stage in stages if stage[1])}
     return dataclasses.replace(candidate, **changes)
 
 

@@ -124,18 +124,19 @@ class _Run:
         self.strategy = strategy
         self.chief = is_chief(strategy)
         self.pipeline = pipeline
+        self.cache = cache
         self.steps = pipeline.size(config.train_split) // config.batch_size
         self.optimizer = make_optimizer(config, self.steps, model, strategy)
-        average = WeightAverage(model, config.ema, strategy) if config.ema else None
-        self.stepper = make_stepper(config, model, self.optimizer, strategy, average)
+        self.average = WeightAverage(model, config.ema, strategy) if config.ema else None
+        self.trained = model
+        self.size = None  # of the images that the current step is made for
         # What is evaluated, measured and loaded later; the steps go on with `model`.
-        self.model = average.model if average else model
+        self.model = self.average.model if self.average else model
         self.evaluate = backend.evaluation_step(self.model, config.label_smoothing, strategy)
-        self.cache = cache
         if config.neural_collapse_every:
             self.extractor = features.Extractor(self.model, strategy)
         self.checkpoints = CheckpointManager(
-            workdir, config.keep_checkpoints, trained=model if average else None
+            workdir, config.keep_checkpoints, trained=model if self.average else None
         )
         # Everything that the loop needs to go on as if it had never stopped.
         self.state = {"epoch": 0, "step": 0, "totals": [0.0, 0.0, 0.0], "history": [], "best": -1.0}
@@ -173,11 +174,14 @@ class _Run:
 
     def _epoch(self, stop):
         epoch, split = self.state["epoch"], self.config.train_split
+        self._set_size(self.config.train_size(epoch))
         title = f"Epoch {epoch + 1}/{self.config.epochs}"
+        if self.config.image_size_schedule:
+            title += f" at {self.size} px"
         progress = Progress(title, self.steps, quiet=not self.chief)
         totals = np.asarray(self.state["totals"])
         start = self.state["step"]
-        batches = iter(self._batches("training", split, epoch, start))
+        batches = iter(self._batches(self.images, "training", split, epoch, start))
         while self.state["step"] < self.steps:
             count = min(self.config.steps_per_execution, self.steps - self.state["step"])
             with self.pipeline.naming_corrupt_records(split, epoch, self.state["step"]):
@@ -195,11 +199,22 @@ class _Run:
         if self._stopping(stop):
             self._stop(np.zeros(3))
 
-    def _batches(self, kind, *which):
+    def _set_size(self, size):
+        """Makes step and images of a size; the weights and slots are those of every size."""
+        if size == self.size:
+            return
+        self.size = size
+        model = self.trained.at_size(size, size)
+        self.stepper = make_stepper(self.config, model, self.optimizer, self.strategy, self.average)
+        self.images = self.cache or self.pipeline
+        if size != self.config.image_size:
+            self.images = self.images.at_size(size, size)
+
+    def _batches(self, images, kind, *which):
         """Global batches of `Pipeline.training` or `Pipeline.evaluation`."""
+        batches = getattr(images, kind)
         if self.cache is not None:
-            return getattr(self.cache, kind)(*which)
-        batches = getattr(self.pipeline, kind)
+            return batches(*which)
         return backend.distribute(self.strategy, lambda share: batches(*which, share=share))
 
     def _stopping(self, stop, votes=None) -> bool:
@@ -242,7 +257,8 @@ class _Run:
     def _evaluate(self):
         split = self.config.eval_split
         with self.pipeline.naming_corrupt_records(split):
-            predictions = evaluation.predict(self.evaluate, self._batches("evaluation", split))
+            batches = self._batches(self.cache or self.pipeline, "evaluation", split)
+            predictions = evaluation.predict(self.evaluate, batches)
         return evaluation.summary(predictions, self.model.spec.num_classes)
 
     def _neural_collapse(self):

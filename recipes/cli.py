@@ -78,17 +78,27 @@ def training_flags(protocol):
     string("Data", "augment", None, "resized_crop, shift or none (default: the protocol's)")
     real("Data", "min_area", None, "smallest share of the image in a resized crop")
     boolean(
-        "Data", "antialias", None, "filter resized crops as evaluation does (default: the protocol's)"
+        "Data",
+        "antialias",
+        None,
+        "filter resized crops as evaluation does (default: the protocol's)",
     )
     boolean("Data", "flip", None, "mirror half of the images (default: the data set's row)")
     boolean("Data", "skip_corrupt", None, "check every image first and leave out broken ones")
     integer("Data", "image_size", None, "height and width in pixels (default: the protocol's)")
+    strings(
+        "Data",
+        "image_size_schedule",
+        None,
+        "size:epochs pairs for the start of a training, e.g. 32:10; the other epochs and evaluation "
+        "are at image_size",
+    )
     string(
         "Training",
         "protocol",
         protocol,
-        "paper, paper_lowres, standard, strong, sw_official or quickstart: where unset flags take "
-        "their values from",
+        "paper, paper_lowres, standard, strong, sw_official, small or quickstart: where unset "
+        "flags take their values from",
     )
     integer("Training", "epochs", None, "passes over the training split")
     integer("Training", "batch_size", None, "images a step, over all devices")
@@ -116,7 +126,12 @@ def training_flags(protocol):
     integer("Training", "seed", 0, "of weights, order, augmentation and the ETF")
     strategy_flags()
     boolean("Machine", "synchronize_norms", True, "norm statistics over all replicas")
-    string("Machine", "mixed_precision", "none", "none, bfloat16 or float16 (with loss scaling)")
+    string(
+        "Machine",
+        "mixed_precision",
+        None,
+        "none, bfloat16 or float16 (with loss scaling; default: the protocol's, else none)",
+    )
     string("Machine", "cache", "none", "device: decoded images live on the device (JAX); or none")
     integer("Machine", "steps_per_execution", 1, "steps between two looks at signals and the clock")
     boolean(
@@ -204,6 +219,8 @@ def train_config(task, **known):
         for f in dataclasses.fields(TrainConfig)
         if f.name in FLAGS and not isinstance(FLAGS[f.name].value, list | None)
     }
+    if FLAGS.image_size_schedule is not None:
+        known["image_size_schedule"] = _size_schedule(FLAGS.image_size_schedule)
     if FLAGS.config:
         given = {name: value for name, value in given.items() if FLAGS[name].present}
         return dataclasses.replace(TrainConfig.load(FLAGS.config), **(given | known))
@@ -212,6 +229,15 @@ def train_config(task, **known):
     backbone = values.get("backbone", "rn50")
     defaults = protocols.settings(values["protocol"], task, backbone, row)
     return TrainConfig(**(defaults | values))
+
+
+def _size_schedule(texts) -> list[tuple[int, int]]:
+    try:
+        return [(int(size), int(epochs)) for size, epochs in (t.split(":") for t in texts if t)]
+    except ValueError as error:
+        raise etfzoo.EtfzooError(
+            f"--image_size_schedule is size:epochs, several separated by commas; got {texts}"
+        ) from error
 
 
 def finetune_config(handle, learning_rates=(), weight_decays=()):

@@ -83,6 +83,20 @@ class Pipeline:
         self._draw = tf.function(lambda key: self.mixing.draw(key, height, width))
         self._mix = tf.function(lambda *pair: mix_pair(*pair, source.num_classes))
 
+    def at_size(self, height: int, width: int) -> "Pipeline":
+        """The same examples, order and draws at another image size in pixels."""
+        return Pipeline(
+            self.source,
+            height,
+            width,
+            self.preprocessing[2],
+            self.batch_size,
+            self.augmentation,
+            self.seed,
+            self.corrupt,
+            self.mixing,
+        )
+
     def size(self, split: str) -> int:
         """Number of examples of a split or role that training or evaluation will see."""
         if not self.corrupt:

@@ -5,9 +5,10 @@
 
 One thread; medians of rounds in which the candidates take turns, so that the ratios to `decode`
 mean something on a shared machine. `etfzoo` is the training pipeline as pretrain.py uses it at
-224 px: a random window decoded from the JPEG, a resize that is antialiased for windows of more than
-twice the target, flip, uint8 batches (normalisation is the model's first layer, on the device).
-`without branches` is for JPEGs alone and never antialiased; those below it change one thing of it.
+224 px: a random window decoded from the JPEG, an antialiased resize where it becomes smaller, flip,
+uint8 batches (normalisation is the model's first layer, on the device); `--noantialias` filters
+only windows of more than twice the target. `evaluation` decodes exactly. `without branches` is for
+JPEGs alone and never antialiased; those below it change one thing of it.
 """
 
 import argparse
@@ -46,30 +47,38 @@ def candidates(size):
 
     from etfzoo.data import augment
 
-    crop = augment.Augmentation("resized_crop", 0.08, True)
+    crop = augment.Augmentation("resized_crop", 0.08)
+    sharp = augment.Augmentation("resized_crop", 0.08, antialias=False)
 
     def decode(encoded, key):
         return tf.io.decode_jpeg(encoded, channels=3)[:size, :size]
 
-    def ours(encoded, key):
-        image = augment.training_image(encoded, key, size, size, crop, 0.875)
+    def ours(encoded, key, augmentation=crop):
+        image = augment.training_image(encoded, key, size, size, augmentation, 0.875)
         return tf.cast(image, tf.uint8)
+
+    def evaluation(encoded, key):
+        return tf.cast(augment.evaluation_image(encoded, size, size, 0.875), tf.uint8)
 
     def floats(encoded, key):
         image = augment.training_image(encoded, key, size, size, crop, 0.875)
         return (image - 127.5) / 58.0
 
-    def window(encoded, key, whole=False, antialias=False, fast=False, flip=True):
+    def window(encoded, key, whole=False, antialias=False, exact=False, flip=True, area=True):
         crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
-        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-            tf.image.extract_jpeg_shape(encoded),
-            tf.zeros([1, 0, 4]), crop_key, 0.0, (3 / 4, 4 / 3), (0.08, 1.0), 10, True,
-        )  # fmt: skip
-        dct = "INTEGER_FAST" if fast else "INTEGER_ACCURATE"
-        if whole:
-            image = tf.slice(tf.io.decode_jpeg(encoded, 3, dct_method=dct), begin, extent)
+        shape = tf.image.extract_jpeg_shape(encoded)
+        if area:
+            corners = augment.random_window(shape, crop_key, 0.08)
         else:
+            begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+                shape, tf.zeros([1, 0, 4]), crop_key, 0.0, (3 / 4, 4 / 3), (0.08, 1.0), 10, True
+            )
             corners = tf.concat([begin[:2], extent[:2]], 0)
+        dct = "INTEGER_ACCURATE" if exact else "INTEGER_FAST"
+        if whole:
+            image = tf.io.decode_jpeg(encoded, 3, dct_method=dct)
+            image = tf.slice(image, [*tf.unstack(corners[:2]), 0], [*tf.unstack(corners[2:]), 3])
+        else:
             image = tf.io.decode_and_crop_jpeg(encoded, corners, 3, dct_method=dct)
         image = tf.image.resize(image, [size, size], antialias=antialias)
         if flip:
@@ -79,10 +88,13 @@ def candidates(size):
     return {
         "decode": decode,
         "etfzoo": ours,
+        "etfzoo --noantialias": lambda e, k: ours(e, k, sharp),
+        "etfzoo, evaluation": evaluation,
         "float32 batches, normalised": floats,
         "without branches": window,
         "decode all, then crop": lambda e, k: window(e, k, whole=True),
-        "INTEGER_FAST": lambda e, k: window(e, k, fast=True),
+        "INTEGER_ACCURATE": lambda e, k: window(e, k, exact=True),
+        "TensorFlow's smaller windows": lambda e, k: window(e, k, area=False),
         "no flip": lambda e, k: window(e, k, flip=False),
         "always antialiased": lambda e, k: window(e, k, antialias=True),
     }

@@ -44,7 +44,8 @@ class DeviceCache:
             )
         self.pipeline = pipeline
         self.strategy = strategy
-        self._held = {}  # (split, fast) -> images on the devices [N, H, W, 3], shapes of each [N, 3]
+        # (split, fast) -> images on the devices [N, H, W, 3], shapes of each [N, 3]
+        self._held = {}
         self._pixels = jax.jit(self._make, out_shardings=strategy.split)
 
     def at_size(self, height: int, width: int) -> "DeviceCache":

@@ -81,7 +81,7 @@ def training_flags(protocol):
         "Data",
         "antialias",
         None,
-        "filter resized crops as evaluation does (default: the protocol's)",
+        "filter resized crops as evaluation does (default: yes)",
     )
     boolean("Data", "flip", None, "mirror half of the images (default: the data set's row)")
     boolean("Data", "skip_corrupt", None, "check every image first and leave out broken ones")
@@ -90,8 +90,8 @@ def training_flags(protocol):
         "Data",
         "image_size_schedule",
         None,
-        "size:epochs pairs for the start of a training, e.g. 32:10; the other epochs and evaluation "
-        "are at image_size",
+        "size:epochs pairs for the start of a training, e.g. 32:10; the other epochs and "
+        "evaluation are at image_size",
     )
     string(
         "Training",

@@ -1,17 +1,21 @@
 """Tests of decoding and augmentation."""
 
 import functools
+import importlib.util
 import io
+import json
+import math
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from scipy import stats
 
 from etfzoo.data import augment
 from etfzoo.data.augment import Augmentation
 from etfzoo.errors import EtfzooError
-from testing import claiming, smooth_image
+from testing import claiming, fresh_python, smooth_image
 
 CROP = 0.875
 
@@ -24,10 +28,10 @@ def encode(image, suffix="PNG", **kwargs):
     return buffer.getvalue()
 
 
-def triangle_filter(old, new, antialias=True):
-    """Bilinear resampling of `old` pixels to `new` as a matrix, in float64."""
-    scale = old / new
-    centres = (np.arange(new)[:, None] + 0.5) * scale
+def triangle_filter(old, new, antialias=True, start=0.0, length=None):
+    """Bilinear resampling of a window of `old` pixels to `new` as a matrix, in float64."""
+    scale = (old if length is None else length) / new
+    centres = start + (np.arange(new)[:, None] + 0.5) * scale
     distance = np.abs(np.arange(old) + 0.5 - centres) / (max(scale, 1) if antialias else 1)
     weights = np.maximum(0, 1 - distance)
     return weights / weights.sum(1, keepdims=True)
@@ -39,14 +43,14 @@ def resize(image, height, width, antialias=True):
     return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64))
 
 
-def centre_window(image, height, width, crop):
-    """The largest centred window of the target's aspect, shrunk by `crop`."""
-    shape = image.shape[:2]
-    scale = crop * min(shape[0] / height, shape[1] / width)
-    h = min(max(round(scale * height), 1), shape[0])
-    w = min(max(round(scale * width), 1), shape[1])
-    top, left = (shape[0] - h) // 2, (shape[1] - w) // 2
-    return image[top : top + h, left : left + w]
+def resized_centre(image, height, width, crop):
+    """The largest centred window of the target's aspect, shrunk by `crop`, resized in float64."""
+    scale = crop * min(image.shape[0] / height, image.shape[1] / width)
+    rows, columns = (
+        triangle_filter(old, new, start=(old - scale * new) / 2, length=scale * new)
+        for old, new in zip(image.shape[:2], (height, width), strict=True)
+    )
+    return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64))
 
 
 def evaluated(encoded, height, width, crop=CROP):
@@ -87,43 +91,68 @@ def trainer(side, augmentation):
 )
 def test_evaluation_image(shape, target, crop):
     image = smooth_image(*shape)
-    wanted = resize(centre_window(image, *target, crop), *target)
+    wanted = resized_centre(image, *target, crop)
     # Float32 may round the last bit of a tie the other way, but no more.
     np.testing.assert_allclose(evaluated(encode(image), *target, crop), wanted, atol=0.501)
 
 
-@pytest.mark.parametrize("shape, target", [((200, 300), (64, 64)), ((300, 200), (64, 48))])
-def test_evaluation_image_is_close_to_resizing_first(shape, target):
-    # PIL on the exact fractional window instead of the whole-pixel one.
-    image = smooth_image(*shape)
+@pytest.mark.parametrize(
+    "shape, target", [((200, 300), (64, 64)), ((300, 200), (64, 48)), ((72, 99), (224, 224))]
+)
+def test_evaluation_image_is_that_of_pillow(shape, target):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     scale = CROP * min(shape[0] / target[0], shape[1] / target[1])
     h, w = scale * target[0], scale * target[1]
     left, top = (shape[1] - w) / 2, (shape[0] - h) / 2
     wanted = Image.fromarray(image).resize(
         target[::-1], Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
     )
-    error = evaluated(encode(image), *target) - np.asarray(wanted, np.float64)
-    assert np.abs(error).mean() < 1 and np.abs(error).max() < 4
+    # Pillow also rounds to whole numbers between rows and columns.
+    np.testing.assert_allclose(evaluated(encode(image), *target), wanted, atol=1)
+
+
+@pytest.mark.parametrize("shape", [(72, 72), (72, 108), (333, 500), (500, 375), (64, 64)])
+@pytest.mark.parametrize("target", [224, 56])
+def test_evaluation_image_beside_resize_and_centre_crop(shape, target):
+    # What torchvision does, with Pillow alone: whole pixels for the sides and for the origin.
+    image = smooth_image(*shape)
+    side = round(target / CROP)
+    short, long = min(shape), max(shape)
+    sides = {short: side, long: int(side * long / short)}
+    whole = Image.fromarray(image).resize(
+        (sides[shape[1]], sides[shape[0]]), Image.Resampling.BILINEAR
+    )
+    top, left = (round((n - target) / 2) for n in (whole.height, whole.width))
+    wanted = np.asarray(whole, np.float64)[top : top + target, left : left + target]
+    error = np.abs(evaluated(encode(image), target, target) - wanted)
+    # At most half a pixel to the side; where both sides fit, no more than rounding.
+    exact = (np.asarray(shape) * target / CROP % short == 0).all() and side * CROP == target
+    assert error.max() <= (1 if exact and (whole.width - target) % 2 == 0 else 20)
+    assert error.mean() < 1.5
 
 
 def test_identity_size_is_exact():
     image = np.random.default_rng(0).integers(0, 256, (32, 24, 3), np.uint8)
     np.testing.assert_array_equal(evaluated(encode(image), 32, 24, 1.0), image)
+    np.testing.assert_array_equal(augment.evaluation_pixels(image, 32, 24, 1.0), image)
     # Whole pixels of the centre, without any filtering.
     np.testing.assert_array_equal(evaluated(encode(image), 16, 12, 0.5), image[8:24, 6:18])
 
 
+@pytest.mark.parametrize("quality", [50, 90])
 @pytest.mark.parametrize("kwargs", [{}, {"progressive": True}, {"subsampling": 0}])
-def test_jpeg(kwargs):
-    # The window is decoded alone; the codecs differ by a few levels at most.
-    encoded = encode(smooth_image(90, 120), "JPEG", quality=95, **kwargs)
+def test_jpeg(quality, kwargs):
+    noisy = np.random.default_rng(1).normal(smooth_image(90, 120), 20).clip(0, 255)
+    encoded = encode(noisy.astype(np.uint8), "JPEG", quality=quality, **kwargs)
     decoded = np.asarray(Image.open(io.BytesIO(encoded)))
-    np.testing.assert_allclose(augment.decode(encoded), decoded, atol=4)
-    wanted = resize(centre_window(decoded, 32, 32, CROP), 32, 32)
-    np.testing.assert_allclose(evaluated(encoded, 32, 32), wanted, atol=4)
-    # Against its own decoder the window is exact.
-    window = centre_window(augment.decode(encoded).numpy(), 32, 32, CROP)
-    np.testing.assert_allclose(evaluated(encoded, 32, 32), resize(window, 32, 32), atol=0.501)
+    np.testing.assert_array_equal(augment.decode(encoded), decoded)
+    error = np.abs(np.asarray(augment.decode(encoded, fast=True), int) - decoded)
+    assert 0 < error.mean() < 2 and error.max() < 12
+    for target in ((32, 32), (120, 160), (40, 70)):
+        # The part that is read is decoded alone: its first and last row and column of coarser
+        # colours lack their neighbours.
+        error = np.abs(evaluated(encoded, *target) - resized_centre(decoded, *target, CROP))
+        assert error.max() <= (0.501 if "subsampling" in kwargs else 8) and error.mean() < 0.5
 
 
 @pytest.mark.parametrize(
@@ -151,7 +180,7 @@ def test_other_pixel_formats_become_rgb(mode, suffix):
     decoded = augment.decode(encoded)
     assert decoded.dtype == tf.uint8 and decoded.shape == (40, 56, 3)
     np.testing.assert_allclose(decoded, wanted, atol=6 if suffix == "JPEG" else 0)
-    wanted = resize(centre_window(wanted, 16, 16, CROP), 16, 16)
+    wanted = resized_centre(wanted, 16, 16, CROP)
     np.testing.assert_allclose(evaluated(encoded, 16, 16), wanted, atol=6)
 
 
@@ -280,70 +309,135 @@ def test_shift_takes_an_eighth_of_each_side():
         assert black.max() == pad and black.min() == 0
 
 
-@functools.cache
-def ramp(start, size, target, antialias):
-    """What `coordinates` shows along one axis in a window resized to `target` pixels."""
-    return triangle_filter(size, target, antialias) @ (10 + 2 * np.arange(start, start + size))
+def torchvision_windows(height, width, min_area, count, seed):
+    """top, left, height, width of RandomResizedCrop by torchvision's formulas, `[count, 4]`."""
+    rng = np.random.default_rng(seed)
+
+    def window():
+        for _ in range(10):
+            area = height * width * rng.uniform(min_area, 1)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.integers(height - h + 1), rng.integers(width - w + 1), h, w
+        w, h = width, height
+        if width / height < 3 / 4:
+            h = round(w / (3 / 4))
+        elif width / height > 4 / 3:
+            w = round(h * 4 / 3)
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    return np.array([window() for _ in range(count)])
 
 
-def find_window(values, side):
-    """Start and size of the window that shows as `values`, which must be exact but for rounding."""
-    target = len(values)
-    inner = np.arange(target // 4, target - target // 4)
-    slope, start = np.polyfit(inner + 0.5, (values[inner] - 9) / 2, 1)  # to a pixel
-    windows = {
-        (a, n): min(np.abs(ramp(a, n, target, smooth) - values).max() for smooth in (True, False))
-        for a in range(round(start) - 2, round(start) + 3)
-        for n in range(round(slope * target) - 2, round(slope * target) + 3)
-        if a >= 0 and a + n <= side
-    }
-    best = min(windows, key=windows.get)
-    assert windows[best] < 0.501
-    return best
+@tf.function(
+    input_signature=[
+        tf.TensorSpec([3], tf.int32),
+        tf.TensorSpec([None, 2], tf.int32),
+        tf.TensorSpec([], tf.float32),
+    ]
+)
+def drawn_windows(shape, keys, min_area):
+    return tf.map_fn(
+        lambda key: augment.random_window(shape, key, min_area),
+        keys,
+        fn_output_signature=tf.TensorSpec([4], tf.int32),
+    )
 
 
-@pytest.mark.parametrize("min_area", [0.08, 0.5])
-def test_resized_crop_windows(min_area):
-    side, target, count = 120, 48, 300
-    augmentation = Augmentation("resized_crop", min_area=min_area, flip=False)
-    images = trainer(target, augmentation)(encode(coordinates(side)), count)
-    # Ties may be rounded up in one row and down in the next.
-    assert np.abs(images[..., 0] - images[:, :1, :, 0]).max() <= 1
-    assert np.abs(images[..., 1] - images[:, :, :1, 1]).max() <= 1
-    assert (images[..., 2] == 77).all()
-    left, width = np.transpose([find_window(image[0, :, 0], side) for image in images])
-    top, height = np.transpose([find_window(image[:, 0, 1], side) for image in images])
-    area = height * width / side**2
-    aspect = width / height
-    # Whole pixels: both sides are rounded.
-    assert area.min() > min_area - 0.02 and area.max() <= 1
-    assert aspect.min() > 0.75 * 0.97 and aspect.max() < 4 / 3 * 1.03
-    assert area.min() < min_area + 0.1 and area.max() > 0.8
-    assert aspect.min() < 0.85 and aspect.max() > 1.2
-    assert 0.3 < (aspect > 1).mean() < 0.7
-    for start, size in ((top, height), (left, width)):
-        free = side - size > 5
-        assert 0.4 < (start[free] / (side - size[free])).mean() < 0.6
+def windows(height, width, min_area, count, seed=0):
+    keys = np.stack([np.full(count, seed), np.arange(count)], 1).astype(np.int32)
+    return drawn_windows([height, width, 3], keys, min_area).numpy()
 
 
+@pytest.mark.parametrize(
+    "height, width, min_area",
+    [(256, 256, 0.08), (64, 64, 0.25), (375, 500, 0.08), (500, 375, 0.5), (40, 90, 0.08)],
+)
+def test_resized_crops_are_distributed_as_torchvision_draws_them(height, width, min_area):
+    count = 4000
+    ours = windows(height, width, min_area, count)
+    theirs = torchvision_windows(height, width, min_area, count, seed=1)
+    for some in (ours, theirs):
+        assert (some >= 0).all() and (some[:, 2:] > 0).all()
+        assert (some[:, :2] + some[:, 2:] <= (height, width)).all()
+
+    def measured(w):
+        free = np.stack([height - w[:, 2], width - w[:, 3]], 1)
+        inner = free > 8
+        places = (w[:, :2] + 0.5) / (free + 1)
+        yield w[:, 2] * w[:, 3] / (height * width)
+        yield w[:, 3] / w[:, 2]
+        yield places[inner[:, 0], 0]
+        yield places[inner[:, 1], 1]
+
+    for one, other in zip(measured(ours), measured(theirs), strict=True):
+        assert stats.ks_2samp(one, other).pvalue > 1e-4
+    if height == width:  # area against its law itself, but for what does not fit and rounding
+        area = ours[:, 2] * ours[:, 3] / (height * width)
+        assert abs(np.mean(area) - theirs[:, 2:].prod(1).mean() / (height * width)) < 0.02
+
+
+def test_mean_area_of_a_square():
+    # The area is drawn, and not the height: 0.402 then.
+    w = windows(256, 256, 0.08, 4000)
+    area = w[:, 2] * w[:, 3] / 256**2
+    assert 0.47 < area.mean() < 0.49 and 0.46 < np.median(area) < 0.50
+
+
+@pytest.mark.parametrize("height, width", [(10, 250), (250, 10), (1, 1), (1, 7), (3, 4)])
+def test_long_and_tiny_images_take_the_largest_centred_crop(height, width):
+    # None of ten draws of at least nine tenths fits, unless the image is nearly a square.
+    found = windows(height, width, 0.9, 50)
+    expected = torchvision_windows(height, width, 0.9, 50, seed=0)
+    if max(height, width) > 2 * min(height, width):
+        np.testing.assert_array_equal(found, expected)
+    assert {tuple(w) for w in found} >= {tuple(w) for w in expected[:1]}
+    assert (found[:, 2:] <= (height, width)).all() and (found >= 0).all()
+
+
+_TORCHVISION = """
+import json, torch
+from torchvision.transforms import RandomResizedCrop
+torch.manual_seed(0)
+image = torch.zeros(3, 120, 150)
+draws = [RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+print(json.dumps(draws))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
+)
+def test_resized_crops_are_distributed_as_those_of_torchvision_itself():
+    # In a process of its own: torch and TensorFlow do not always get on in one.
+    theirs = np.array(json.loads(fresh_python(_TORCHVISION)))
+    ours = windows(120, 150, 0.08, 4000)
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("suffix", ["PNG", "JPEG"])
-def test_only_large_windows_of_a_resized_crop_are_antialiased(suffix):
-    target, augmentation = 24, Augmentation("resized_crop", min_area=0.3)
+def test_pixels_of_a_resized_crop(suffix, antialias):
+    target = 24
+    augmentation = Augmentation("resized_crop", min_area=0.1, antialias=antialias)
     image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
     encoded = encode(image, suffix, **({} if suffix == "PNG" else {"subsampling": 0}))
-    image = augment.decode(encoded).numpy()
-    kinds = []
+    image = augment.decode(encoded, fast=True).numpy()
+    kinds = set()
     for n, shown in enumerate(trainer(target, augmentation)(encoded, 60)):
-        window, antialias, _, flip = augment.draw(
+        region, window, filtered, _, flip = augment.draw(
             tf.constant(image.shape), tf.constant([0, n]), target, target, augmentation, CROP
         )
-        top, left, height, width = window.numpy()
-        large = max(height, width) > 2 * target
-        assert antialias == large
-        wanted = resize(image[top : top + height, left : left + width], target, target, large)
+        np.testing.assert_array_equal(region, window)
+        top, left, height, width = region.numpy()
+        larger = max(height, width) > (target if antialias else 2 * target)
+        assert filtered == larger
+        wanted = resize(image[top : top + height, left : left + width], target, target, larger)
         np.testing.assert_allclose(shown, wanted[:, ::-1] if flip else wanted, atol=0.502)
-        kinds.append((large, bool(flip)))
-    assert len(set(kinds)) == 4
+        kinds.add((larger, bool(flip)))
+    assert len(kinds) == 4
 
 
 def test_resized_crop_of_a_jpeg_shows_the_same_window_as_of_a_png():

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import etfzoo
-from etfzoo import checkpoint, evaluation, machine, training
+from etfzoo import checkpoint, evaluation, machine, search, training
 from etfzoo.config import TrainConfig
+from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
 
@@ -113,6 +114,84 @@ def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path, ema):
     shutil.copy(whole / name, again / name)
     training.train_and_evaluate(half, again)
     _assert_same_end(whole, again)
+
+
+@pytest.fixture(scope="module")
+def resized(config, tmp_path_factory):
+    """A run of three sizes, with an average of its weights; its checkpoints are of each step."""
+    workdir = tmp_path_factory.mktemp("resized")
+    stages = {"image_size_schedule": ((16, 1), (24, 1)), "epochs": 3}
+    config = dataclasses.replace(config, **stages, ema=0.8)
+    training.train_and_evaluate(config, workdir)
+    return workdir, config
+
+
+def test_progressive_resizing_trains_each_epoch_at_its_size(resized, config, tmp_path, monkeypatch):
+    workdir, progressive = resized
+    assert [progressive.train_size(epoch) for epoch in range(3)] == [16, 24, 32]
+    shown = []
+    read, predict = Pipeline.training, evaluation.predict
+
+    def spied_training(self, *args, **kwargs):
+        shown.append(("train", *self.preprocessing[:2]))
+        return read(self, *args, **kwargs)
+
+    def spied_predict(step, batches):
+        batches = list(batches)
+        shown.append(("evaluate", *batches[0][0].shape[1:3]))
+        return predict(step, batches)
+
+    monkeypatch.setattr(Pipeline, "training", spied_training)
+    monkeypatch.setattr(evaluation, "predict", spied_predict)
+    training.train_and_evaluate(progressive, tmp_path / "again")
+    full = ("evaluate", 32, 32)
+    assert shown == [
+        ("train", 16, 16), full, ("train", 24, 24), full, ("train", 32, 32), full
+    ]  # fmt: skip
+    _assert_same_end(workdir, tmp_path / "again")
+    # The first stage is what a training at that size alone does, to the bit.
+    alone = dataclasses.replace(
+        progressive, image_size=16, image_size_schedule=(), checkpoint_every=100
+    )
+    training.train_and_evaluate(alone, tmp_path / "alone")
+    first, plain = (
+        checkpoint.read(folder / "checkpoints" / "step-0000000004.npz")[0]
+        for folder in (workdir, tmp_path / "alone")
+    )
+    for name in first:
+        np.testing.assert_array_equal(first[name], plain[name], name)
+
+
+@pytest.mark.parametrize("step", [3, 4, 6, 9])
+def test_progressive_resizing_resumes_bit_equal(resized, tmp_path, step):
+    workdir, config = resized
+    (tmp_path / "checkpoints").mkdir()
+    name = f"checkpoints/step-{step:010d}.npz"
+    shutil.copy(workdir / name, tmp_path / name)
+    training.train_and_evaluate(config, tmp_path)
+    _assert_same_end(workdir, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([[16, 2]], "leaves none of the 2 epochs for image_size"),
+        ([[16, 0]], "at least one epoch each"),
+        ([[0, 1]], "sizes between 1 and 8192"),
+        ([16], "must be pairs"),
+        ([[16.5, 1]], "must be pairs"),
+        ("16:1", "must be pairs"),
+    ],
+)
+def test_bad_image_size_schedules(config, stages, message):
+    with pytest.raises(EtfzooError, match=message):
+        dataclasses.replace(config, image_size_schedule=stages)
+
+
+def test_a_search_of_fewer_epochs_shortens_the_stages(config):
+    long = dataclasses.replace(config, epochs=20, image_size_schedule=((16, 10), (24, 4), (28, 1)))
+    short = search.trial(long, epochs=5)
+    assert short.image_size_schedule == ((16, 2), (24, 1)) and short.epochs == 5
 
 
 @pytest.fixture(scope="module")

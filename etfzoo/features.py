@@ -19,7 +19,7 @@ from etfzoo.progress import Progress
 from etfzoo.strategy import get_strategy, is_chief, num_workers
 
 # To be raised when the same weights and images come to give other features.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Features(NamedTuple):

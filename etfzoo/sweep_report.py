@@ -226,11 +226,16 @@ def _curves(root, plan, found):
 def _collapse(plan, found):
     tables = sweep_tables.collapse(plan, found)
     text = (
-        "Means over seeds (least to most); lower is more collapsed. nc1_ratio is tr S_W / tr S_B; "
-        "nc2_norms, nc2_angles and nc2_gram tell how far the class means are from a simplex, nc3 "
-        "how far the classifier is from them, nc4 how often it disagrees with the nearest class "
-        "mean. tr_c_over_p is the paper's tr(C°)/p, which grows with the square of the features' "
-        "scale; nc1, nc1_ratio, cdnv and tr_c_over_p_l2 (of features of unit length) do not."
+        "Means over seeds (least to most); lower is more collapsed. What ends in unbiased is less "
+        "what the number of images a class adds to it, so that splits and data sets of different "
+        "size compare. nc1_equal is NC1 on equally many images of each class in both splits, and "
+        "compares these two alone; nc1 without it grows with the number of images, and compares "
+        "methods within one split. nc1_ratio is tr S_W / tr S_B; nc2_norms, nc2_angles and "
+        "nc2_gram tell how far the class means are from a simplex, nc3 how far the classifier is "
+        "from them, nc4 how often it disagrees with the nearest class mean; these are of the "
+        "sampled means, whose noise shows in small classes. tr_c_over_p is the paper's tr(C°)/p, "
+        "which grows with the square of the features' scale; nc1, nc1_ratio, cdnv and "
+        "tr_c_over_p_l2 (of features of unit length) do not. table1.csv has the plain forms too."
     )
     return _heading("Neural collapse", [text, *tables]) if tables else []
 

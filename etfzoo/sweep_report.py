@@ -284,8 +284,11 @@ def _assumed(plan, found, configs):
     names = {task: protocols.assumed(plan["protocol"], task) for task in tasks}
     protocol = protocols.get_protocol(plan["protocol"])
     text = f"Protocol {plan['protocol']}; its source: {protocol.source}."
+    norms = ("bn", "sw") if "sw" in plan["methods"] else ("bn",)
+    said = [n for t in tasks for norm in norms for n in protocols.notes(plan["protocol"], t, norm)]
+    notes = [f"Note: {note}." for note in dict.fromkeys(said)]
     if not any(names.values()):
-        return [(heading, f"{text} It leaves nothing open.")]
+        return _heading(heading, [f"{text} It leaves nothing open.", *notes])
     table = [["setting", *(MODES[mode] for mode in tasks.values())]]
     for name in dict.fromkeys(itertools.chain(*names.values())):
         line = [name]
@@ -294,7 +297,8 @@ def _assumed(plan, found, configs):
             line.append(", ".join(sorted(values)) or "-" if name in names[task] else "given")
         table.append(line)
     text += " It leaves these settings open; here they have these values."
-    return _heading(heading, [text, report.Table("Settings that are not in the source", table)])
+    table = report.Table("Settings that are not in the source", table)
+    return _heading(heading, [text, table, *notes])
 
 
 def _commands(plan, found, machines):

@@ -382,7 +382,13 @@ def test_assumed_settings_are_printed_with_their_values(tmp_path):
     sweep_report.write(root)
     text = (root / "report.html").read_text()
     assert "<td>batch_size</td><td>given</td><td>128</td>" in text
-    assert "<td>min_area</td><td>0.08</td><td>given</td>" in text
+    assert "<td>feature_norm</td><td>none</td><td>given</td>" in text
+    # What no setting tells, of Switchable Whitening too where it is among the methods.
+    assert "Note: the paper names no framework" in text and "Note: the paper gives no" in text
+    assert "Note: this is not the paper" in text
+    sweep_report.write(make_sweep(tmp_path / "b", **PAPERS, methods=["linear", "etf"]))
+    text = (tmp_path / "b/report.html").read_text()
+    assert "Note: the paper names no framework" in text and "this is not the paper" not in text
 
 
 def test_seeds_that_are_there_once_are_no_ranges(tmp_path):

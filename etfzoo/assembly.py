@@ -6,7 +6,7 @@ from pathlib import Path
 
 import keras
 
-from etfzoo import backend, files, schedules
+from etfzoo import backend, files, initialization, schedules
 from etfzoo.classifier import ImageClassifier, build_classifier, replace_head
 from etfzoo.config import TrainConfig
 from etfzoo.data.augment import Augmentation
@@ -42,7 +42,7 @@ def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
             from etfzoo import zoo
 
             return replace_head(zoo.load(config.init), source.num_classes, config.head, **common)
-        return build_classifier(
+        model = build_classifier(
             config.backbone,
             source.num_classes,
             config.head,
@@ -55,6 +55,8 @@ def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
         raise
     except ValueError as error:  # no ETF of these sizes
         raise EtfzooError(str(error)) from error
+    initialization.initialize(model, config.initializer, config.zero_gamma, config.seed)
+    return model
 
 
 def make_pipeline(

@@ -1,7 +1,7 @@
 """KerasCV ResNets as rows of data.
 
-KerasCV and not its successor KerasHub: its ResNet V1 is the network of the paper's protocol in
-Keras, and it is built offline by a plain constructor.
+KerasCV and not its successor KerasHub: its ResNet V1 is built offline by a plain constructor. (The
+paper names ResNet50 and ResNet101, and no variant.)
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from etfzoo.layers import ETFClassifier, FusedBatchNormalization, SwitchableWhit
 
 NORMS = ("bn", "sw")
 
-# torch's value, in whose framework the paper's networks were trained. Keras's default of 0.99 needs
-# hundreds of steps before evaluation sees the statistics that training uses.
+# torch's value (0.1 there); the paper gives none. Keras's default of 0.99 needs hundreds of steps
+# before evaluation sees the statistics that training uses. The moving variance is biased, as always
+# in Keras; torch's is n/(n - 1) times it, with n the values of a channel in a batch.
 BATCH_NORM_MOMENTUM = 0.9
 
 

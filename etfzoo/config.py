@@ -12,6 +12,7 @@ from etfzoo.classifier import HEADS
 from etfzoo.data.augment import CROPS
 from etfzoo.data.rand_augment import MAX_MAGNITUDE
 from etfzoo.errors import EtfzooError, unknown
+from etfzoo.initialization import INITIALIZERS
 from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.strategy import STRATEGIES
 
@@ -38,6 +39,8 @@ class TrainConfig:
         init: model handle (see `etfzoo.load`) that is fine-tuned; None trains from scratch.
         backbone, head, norm, feature_norm, scale: see `etfzoo.build_classifier`; with `init` the
             backbone and norm are the loaded model's.
+        initializer, zero_gamma: of a new model's weights, see `etfzoo.initialization.initialize`;
+            refused with `init`, whose weights are taken as they are.
         mean, std: normalisation of a new model, per channel in 0..255; with `init` the model's.
         image_size: height and width in pixels.
         image_size_schedule: progressive resizing: pairs of a size in pixels and the epochs that are
@@ -91,6 +94,8 @@ class TrainConfig:
     norm: str = "bn"
     feature_norm: str = "none"
     scale: float | None = None
+    initializer: str = "glorot_uniform"
+    zero_gamma: bool = False
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
     image_size: int = 224
@@ -143,6 +148,7 @@ class TrainConfig:
             ("head", HEADS),
             ("norm", NORMS),
             ("feature_norm", FEATURE_NORMS),
+            ("initializer", INITIALIZERS),
             ("strategy", STRATEGIES),
             ("schedule", SCHEDULES),
             ("augment", CROPS),
@@ -152,6 +158,11 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
+        if self.init is not None and (self.initializer != "glorot_uniform" or self.zero_gamma):
+            raise EtfzooError(
+                "initializer and zero_gamma are for training from scratch: leave them out with a "
+                "pretrained model"
+            )
         if self.jit_compile and self.deterministic:
             raise EtfzooError(
                 "XLA's max-pooling has no deterministic gradient: with --jit_compile add "

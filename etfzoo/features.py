@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from etfzoo.errors import EtfzooError
 from etfzoo.neural_collapse import NeuralCollapseStatistics
 from etfzoo.progress import Progress
 from etfzoo.strategy import get_strategy, is_chief, num_workers
+
+log = logging.getLogger("etfzoo")
 
 # To be raised when the same weights and images come to give other features.
 _FORMAT = 2
@@ -175,14 +178,78 @@ def collapse(
     )
 
 
-def statistics(found: Features, num_classes: int | None = None) -> NeuralCollapseStatistics:
-    """Collected statistics; without a number of classes the labels are not looked at."""
+def equal_nc1(found: Mapping[str, Features], num_classes: int) -> dict[str, float]:
+    """NC1 of several sets on equally many examples of each class, by which they may be compared.
+
+    NC1 grows with the number of examples, see `NeuralCollapseStatistics.result`. Of each class as
+    many are drawn (always the same ones) as the set with the fewest has, so that the shares of the
+    classes are equal too; a class that one set lacks is left out of all. The figures still belong
+    to that number of examples: those of other sets with another number do not compare.
+
+    Args:
+        found: features and labels by the name of their set.
+        num_classes: K.
+
+    Returns:
+        NC1 by name; empty where there is one set alone, or no scatter between classes in one.
+    """
+    if len(found) < 2:
+        return {}
+    kept = equal_rows([f.labels for f in found.values()], num_classes)
+    try:
+        return {
+            name: statistics(some, num_classes, rows).result()["nc1"]
+            for (name, some), rows in zip(found.items(), kept, strict=True)
+        }
+    except EtfzooError as error:
+        log.warning("no NC1 on equally many examples: %s", error)
+        return {}
+
+
+def equal_rows(labels: Sequence[np.ndarray], num_classes: int) -> list[np.ndarray]:
+    """For each set of labels `[N]` a mask `[N]` that leaves each class equally often in all."""
+    least = np.min([np.bincount(some, minlength=num_classes) for some in labels], axis=0)
+    masks = []
+    for some in labels:
+        order = np.random.default_rng(0).permutation(len(some))
+        order = order[np.argsort(some[order], kind="stable")]  # by class, each in a drawn order
+        count = np.bincount(some, minlength=num_classes)
+        place = np.arange(len(some)) - np.repeat(np.cumsum(count) - count, count)
+        masks.append(np.zeros(len(some), bool))
+        masks[-1][order] = place < np.repeat(least, count)
+    return masks
+
+
+def comparable(names) -> list[str]:
+    """The measures by which sets of different size may stand side by side.
+
+    Args:
+        names: of measures; one is left out where its form that is free of the size is among them.
+    """
+    free = {name.removesuffix("_unbiased") for name in names if name.endswith("_unbiased")}
+    free |= {"nc1"} if "nc1_equal" in names else set()
+    return [name for name in names if name not in free]
+
+
+def statistics(
+    found: Features, num_classes: int | None = None, rows: np.ndarray | None = None
+) -> NeuralCollapseStatistics:
+    """Collected statistics.
+
+    Args:
+        found: features and labels.
+        num_classes: K; without it the labels are not looked at.
+        rows: mask `[N]` of the examples that count; None is all.
+    """
     collected = NeuralCollapseStatistics(num_classes or 1, found.features.shape[1])
     start = 0
     for batch in found.batches():
-        labels = found.labels[start : start + len(batch)]
-        collected.update(batch, labels if num_classes else np.zeros(len(batch), int))
-        start += len(batch)
+        piece = slice(start, start + len(batch))
+        labels = found.labels[piece] if num_classes else np.zeros(len(batch), int)
+        if rows is not None:
+            batch, labels = batch[rows[piece]], labels[rows[piece]]
+        collected.update(batch, labels)
+        start = piece.stop
     return collected
 
 

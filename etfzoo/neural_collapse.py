@@ -46,7 +46,7 @@ class NeuralCollapseStatistics:
         self._squares = np.zeros(num_classes)  # of |x - shift|^2, by class
         self._moment = np.zeros(dim * (dim + 1) // 2)  # of (x - shift)(x - shift)^T, packed
         self._unit_sums = np.zeros((num_classes, dim))  # of x / |x|, by class
-        self._unit_squares = 0.0  # of |x / |x||^2: how many x are not 0
+        self._unit_squares = np.zeros(num_classes)  # of |x / |x||^2: how many x are not 0
 
     def update(self, features, labels) -> None:
         """Adds examples.
@@ -87,7 +87,7 @@ class NeuralCollapseStatistics:
         for row, label, length in zip(x, labels, lengths, strict=True):
             if length > 0:
                 self._unit_sums[label] += row / length
-        self._unit_squares += np.count_nonzero(lengths)
+        self._unit_squares += np.bincount(labels, lengths > 0, minlength=self.num_classes)
         if self._shift is None:
             self._shift = x.mean(0)
         x -= self._shift
@@ -146,6 +146,23 @@ class NeuralCollapseStatistics:
         angles when classes are not. Classes without examples are left out of all measures, and K is
         the number of the others.
 
+        S_B of sampled means holds their noise too, and S_W lacks it, so that one and the same
+        distribution gives other figures at 50 and at 500 examples a class. With Sigma_k the
+        covariance of class k, w_k = n_k/N and counts that are given,
+
+            E S_W = sum_k w_k (1 - 1/n_k) Sigma_k,
+            E S_B = sum_k w_k (mu_k - mu)(mu_k - mu)^T + sum_k (1 - w_k) Sigma_k / N,
+            E |m_i - m_j|^2 = |mu_i - mu_j|^2 + tr Sigma_i / n_i + tr Sigma_j / n_j.
+
+        The `_unbiased` measures take Sigma_k with n_k - 1 and subtract these terms: compare sets of
+        different size by them. Scatters and distances are then unbiased, their ratios to first
+        order. The weights w_k stay those of the set: where the shares of the classes differ too,
+        only `cdnv_unbiased`, which weighs all pairs alike, is of the same thing. A class with one
+        example has no Sigma_k and is left out of them. NC1 has no such form: of S_B less its noise
+        the small eigenvalues, which S_B^+ lives on, are of either sign; compare it on equally many
+        examples a class (`etfzoo.features.equal_nc1`). nc2_*, nc3 and nc5 are of the sampled means,
+        whose noise shows in small classes.
+
         Args:
             classifier: weights `[K, p]` and biases `[K]` of the last layer; for nc3 and nc4.
             features: the batches `[B, p]` once more, for nc4: it asks each example for its nearest
@@ -154,13 +171,17 @@ class NeuralCollapseStatistics:
 
         Returns:
             `examples`, `classes` (K), `skipped_classes` (without examples),
-            `single_example_classes` (without a variance of their own: left out of cdnv), and
+            `single_example_classes` (without a variance of their own: left out of cdnv and of the
+            unbiased measures), and
 
             - `nc1`: tr(S_W S_B^+) / K, the pseudo-inverse cut at the rank of S_B, at most K - 1
               (Papyan et al., NC1);
             - `nc1_ratio`: tr S_W / tr S_B;
             - `cdnv`: mean over pairs of (v_i + v_j) / (2 |m_i - m_j|^2), with v_k the variance
               tr C_k of class k (Galanti et al., definition 1); not there where two means are equal;
+            - `nc1_ratio_unbiased`, `cdnv_unbiased`, `tr_c_over_p_unbiased` and
+              `tr_c_over_p_l2_unbiased`: see above; the first two are not there where noise alone
+              explains the distance of the means (of a pair of them);
             - `nc2_norms`: deviation of the |c_k| over their mean (Papyan et al., NC2);
             - `nc2_angles`: mean over pairs of |cos(c_i, c_j) + 1/(K-1)| (the same);
             - `nc2_gram`: | G/|G| - P/sqrt(K-1) | in Frobenius norms, with G_ij = c_i . c_j and
@@ -196,9 +217,8 @@ class NeuralCollapseStatistics:
         size = (self._squares.sum() / count.sum()) + self._shift @ self._shift
         if between <= 1e-24 * size:
             raise EtfzooError("all class means are equal: there is no scatter between classes")
-        unit_scatter = (
-            self._unit_squares - (np.square(self._unit_sums[seen]).sum(1) / count).sum()
-        ) / count.sum()
+        unit_scatter = self._unit_squares[seen] - np.square(self._unit_sums[seen]).sum(1) / count
+        unit_scatter = np.maximum(unit_scatter, 0)
         centred = means - means.mean(0)
         result = {
             "examples": int(count.sum()),
@@ -211,7 +231,8 @@ class NeuralCollapseStatistics:
             **_nc2(centred),
             **(_nc3(classifier[0][seen], centred) if classifier else {}),
             "tr_c_over_p": within / self.dim,
-            "tr_c_over_p_l2": max(unit_scatter, 0.0) / self.dim,
+            "tr_c_over_p_l2": unit_scatter.sum() / count.sum() / self.dim,
+            **_unbiased(means, scatter, unit_scatter, count),
         }
         if classifier is not None and features is not None:
             result["nc4"] = self._disagreement(classifier, means, seen, features)
@@ -278,15 +299,44 @@ def scalars(result: dict, prefix: str) -> dict[str, float]:
 
 def _cdnv(centred, scatter, count):
     several = count > 1
-    centred, variance = centred[several], scatter[several] / count[several]
-    if len(variance) < 2:
+    centred, scatter, count = centred[several], scatter[several], count[several]
+    if len(count) < 2:
         log.warning("cdnv is left out: fewer than two classes have several examples")
         return {}
     distance = _pairs(_squared_distances(centred))
     if distance.min() <= 1e-24 * distance.max():
         log.warning("cdnv is left out: two classes have the same mean")
         return {}
-    return {"cdnv": (_pairs(variance[:, None] + variance) / (2 * distance)).mean()}
+
+    def mean_over_pairs(variance, distance):
+        return (_pairs(variance[:, None] + variance) / (2 * distance)).mean()
+
+    result = {"cdnv": mean_over_pairs(scatter / count, distance)}
+    variance = scatter / (count - 1)
+    distance = distance - _pairs((variance / count)[:, None] + variance / count)
+    if distance.min() <= 0:
+        log.warning("cdnv_unbiased is left out: noise alone explains the distance of two means")
+        return result
+    return result | {"cdnv_unbiased": mean_over_pairs(variance, distance)}
+
+
+def _unbiased(means, scatter, unit_scatter, count):
+    several = count > 1
+    means, count = means[several], count[several]
+    if len(count) < 2:
+        return {}
+    variance, share = scatter[several] / (count - 1), count / count.sum()
+    within, dim = share @ variance, means.shape[1]
+    between = share @ np.square(means - share @ means).sum(1)
+    between -= (1 - share) @ variance / count.sum()
+    result = {
+        "tr_c_over_p_unbiased": within / dim,
+        "tr_c_over_p_l2_unbiased": share @ (unit_scatter[several] / (count - 1)) / dim,
+    }
+    if between <= 0:
+        log.warning("nc1_ratio_unbiased is left out: noise alone explains the scatter of the means")
+        return result
+    return {"nc1_ratio_unbiased": within / between} | result
 
 
 def _nc2(centred):
@@ -340,7 +390,10 @@ def _cosines(a, b):
 def _warn_of_small_classes(result):
     for key, what in (
         ("skipped_classes", "no examples, left out of the collapse measures"),
-        ("single_example_classes", "one example, so no variance of their own, left out of cdnv"),
+        (
+            "single_example_classes",
+            "one example, so no variance of their own, left out of cdnv and unbiased measures",
+        ),
     ):
         if classes := result[key]:
             more = f", … ({len(classes)} in all)" if len(classes) > 10 else ""

@@ -12,9 +12,12 @@ from etfzoo.errors import EtfzooError
 class Stepper:
     """Training and evaluation steps of a model; the part of training that knows the backend.
 
-    The L2 term is added to the gradient before momentum, as the paper's framework (torch) and its
-    numbers have it; Keras's SGD(weight_decay=) is decoupled from momentum and, at momentum 0.9,
-    ten times weaker for the same coefficient.
+    The L2 term is added to the gradient before momentum, as torch's SGD does it, whose recipes the
+    coefficients of the protocols are from (the paper names no framework); Keras's
+    SGD(weight_decay=) is decoupled from momentum and, at momentum 0.9, ten times weaker for the
+    same coefficient. Momentum is Keras's, with the rate of each gradient's own step inside the
+    velocity: torch applies the present rate to all of it, so that here an update lags behind a
+    changing rate, by momentum / (1 - momentum) steps on average.
 
     Args:
         model: the classifier, built under `strategy.scope()`.

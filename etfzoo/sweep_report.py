@@ -226,11 +226,16 @@ def _curves(root, plan, found):
 def _collapse(plan, found):
     tables = sweep_tables.collapse(plan, found)
     text = (
-        "Means over seeds (least to most); lower is more collapsed. nc1_ratio is tr S_W / tr S_B; "
-        "nc2_norms, nc2_angles and nc2_gram tell how far the class means are from a simplex, nc3 "
-        "how far the classifier is from them, nc4 how often it disagrees with the nearest class "
-        "mean. tr_c_over_p is the paper's tr(C°)/p, which grows with the square of the features' "
-        "scale; nc1, nc1_ratio, cdnv and tr_c_over_p_l2 (of features of unit length) do not."
+        "Means over seeds (least to most); lower is more collapsed. What ends in unbiased is less "
+        "what the number of images a class adds to it, so that splits and data sets of different "
+        "size compare. nc1_equal is NC1 on equally many images of each class in both splits, and "
+        "compares these two alone; nc1 without it grows with the number of images, and compares "
+        "methods within one split. nc1_ratio is tr S_W / tr S_B; nc2_norms, nc2_angles and "
+        "nc2_gram tell how far the class means are from a simplex, nc3 how far the classifier is "
+        "from them, nc4 how often it disagrees with the nearest class mean; these are of the "
+        "sampled means, whose noise shows in small classes. tr_c_over_p is the paper's tr(C°)/p, "
+        "which grows with the square of the features' scale; nc1, nc1_ratio, cdnv and "
+        "tr_c_over_p_l2 (of features of unit length) do not. table1.csv has the plain forms too."
     )
     return _heading("Neural collapse", [text, *tables]) if tables else []
 
@@ -279,8 +284,11 @@ def _assumed(plan, found, configs):
     names = {task: protocols.assumed(plan["protocol"], task) for task in tasks}
     protocol = protocols.get_protocol(plan["protocol"])
     text = f"Protocol {plan['protocol']}; its source: {protocol.source}."
+    norms = ("bn", "sw") if "sw" in plan["methods"] else ("bn",)
+    said = [n for t in tasks for norm in norms for n in protocols.notes(plan["protocol"], t, norm)]
+    notes = [f"Note: {note}." for note in dict.fromkeys(said)]
     if not any(names.values()):
-        return [(heading, f"{text} It leaves nothing open.")]
+        return _heading(heading, [f"{text} It leaves nothing open.", *notes])
     table = [["setting", *(MODES[mode] for mode in tasks.values())]]
     for name in dict.fromkeys(itertools.chain(*names.values())):
         line = [name]
@@ -289,7 +297,8 @@ def _assumed(plan, found, configs):
             line.append(", ".join(sorted(values)) or "-" if name in names[task] else "given")
         table.append(line)
     text += " It leaves these settings open; here they have these values."
-    return _heading(heading, [text, report.Table("Settings that are not in the source", table)])
+    table = report.Table("Settings that are not in the source", table)
+    return _heading(heading, [text, table, *notes])
 
 
 def _commands(plan, found, machines):

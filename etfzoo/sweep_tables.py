@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from etfzoo import report, sweep_results
+from etfzoo.features import comparable
 from etfzoo.sweep_results import METRICS, MODES, headline_metric, label, select, spread
 
 _FEATURES = {
@@ -208,7 +209,8 @@ def blocks(plan) -> list[tuple[str, str]]:
 def collapse(plan, found) -> list[report.Table]:
     """Collapse measures of each backbone on the source and the targets, where there are any."""
     names = [name for row in found for name in row if name.startswith("nc/")]
-    measures = dict.fromkeys(name.rpartition("/")[2] for name in names)
+    # Splits and data sets of different size stand side by side.
+    measures = comparable(list(dict.fromkeys(name.rpartition("/")[2] for name in names)))
     tables = []
     for backbone in plan["backbones"]:
         table = [["data", "method", "features, split", *measures]]

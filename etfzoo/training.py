@@ -263,23 +263,24 @@ class _Run:
 
     def _neural_collapse(self):
         """Collapse measures of both splits, as the network sees them at evaluation."""
-        row = {}
+        found, row, classes = {}, {}, self.model.spec.num_classes
         for split in dict.fromkeys((self.config.train_split, self.config.eval_split)):
             batches = self.extractor.batches(self.pipeline, split)
             if not self.chief:  # takes part in computing the features, and no more
                 for _ in batches:
                     pass
                 continue
-            found = features.in_temporary_file(batches, self.workdir)
+            found[split] = features.in_temporary_file(batches, self.workdir)
             try:
                 measured = features.collapse(
-                    found, self.model.spec.num_classes, features.linear_head(self.model)
+                    found[split], classes, features.linear_head(self.model)
                 )
             except EtfzooError as error:  # no reason to end a training
                 log.warning("no collapse measures of the %s split: %s", split, error)
                 continue
             row |= neural_collapse.scalars(measured, f"nc/{split}/")
-        return row
+        equal = features.equal_nc1(found, classes)
+        return row | {f"nc/{split}/nc1_equal": value for split, value in equal.items()}
 
     def _stop(self, totals):
         self._save(totals)

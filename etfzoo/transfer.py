@@ -97,9 +97,11 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=No
         backend.evaluation_step(model), frozen.pipeline.evaluation(config.eval_split)
     )
     result = evaluation.summary(predictions, classes) | {"C": strength}
-    for split in ("train", "test"):
-        measured = features.collapse(splits[split], classes)
-        result |= neural_collapse.scalars(measured, f"nc/{split}/")
+    measured = {split: splits[split] for split in ("train", "test")}
+    equal = features.equal_nc1(measured, classes)
+    for split, found in measured.items():
+        result |= neural_collapse.scalars(features.collapse(found, classes), f"nc/{split}/")
+        result |= {f"nc/{split}/nc1_equal": equal[split]} if equal else {}
     CheckpointManager(frozen.workdir).save(0, model, None, {})
     return frozen.finish(result)
 

@@ -260,13 +260,15 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
 
 
 def print_assumed(config, task):
-    """Says which settings the protocol's source leaves open."""
+    """Says which settings the protocol's source leaves open, and what no setting tells."""
     from etfzoo import protocols
 
     assumed = protocols.assumed(config.protocol, task)
     if assumed:
         values = ", ".join(f"{name}={getattr(config, name)}" for name in assumed)
         print(f"assumed (not in the protocol's source): {values}", flush=True)
+    for note in protocols.notes(config.protocol, task, config.norm):
+        print(f"note: {note}", flush=True)
 
 
 def data_dir_flag(config) -> str:

@@ -57,7 +57,8 @@ def main():
             tuned = transfer.finetune(config(target, "finetune", **values), workdir)
             probe = transfer.linear_probe(config(target, "finetune", **values), workdir + "_probe")
             interval = evaluation.binomial_interval(tuned["top1"], tuned["examples"])
-            ratio = f"{probe['nc/test/nc1_ratio']:.2f}"
+            ratio = probe.get("nc/test/nc1_ratio_unbiased")
+            ratio = "-" if ratio is None else f"{ratio:.2f}"
             probed = f"{100 * probe['top1']:.1f}"
             rows.append([head, target, _percent(tuned["top1"], *interval), probed, ratio])
             lines[head].append((tuned["top1"], *interval))
@@ -69,7 +70,7 @@ def main():
     note = (
         f"One seed ({FLAGS.seed}), toy images: it shows the machinery, not the paper's claim. "
         "trSW/trSB: scatter within classes over scatter between them, of frozen features on the "
-        "target's test split; lower is more collapsed."
+        "target's test split, less what the sampling of class means adds; lower is more collapsed."
     )
     report.write(
         root / "report.html",

@@ -5,9 +5,11 @@
   python recipes/figure2.py --dataset=gaussian          # made classes that differ in their means
   python recipes/figure2.py --dataset=gaussian_scales   # made classes that differ in their spread
 
-x are the frozen pooled features of the model. The theory says that a2 = 0, the linear one, is best
-where classes differ in their means alone; gaussian_scales shows that it is not so elsewhere. Writes
-figure2.png, .pdf, .csv and .npz. Draws are kept in draws/: started again, it goes on.
+x are the frozen pooled features of the model. The paper leaves open what W is, how many rows it has
+and how strong the regularisation is: --projections, --num_features and --regularization. The theory
+says that a2 = 0, the linear one, is best where classes differ in their means alone; gaussian_scales
+shows that it is not so elsewhere. Writes figure2.png, .pdf, .csv and .npz. Draws are kept in
+draws/: started again, it goes on.
 """
 
 import csv
@@ -198,7 +200,12 @@ if __name__ == "__main__":
     cli.integer("Data", "image_size", None, "height and width in pixels (default: the model's)")
     cli.boolean("Data", "per_feature", False, "standardise each feature instead of all together")
     cli.numbers("Regression", "a2", "-1,-0.8,-0.6,-0.4,-0.2,0,0.2,0.4,0.6,0.8,1", "values of a2")
-    cli.strings("Regression", "projections", "gaussian", "of gaussian, haar and etf")
+    cli.strings(
+        "Regression",
+        "projections",
+        "gaussian",
+        "laws of W (the paper names none): gaussian, haar, etf",
+    )
     cli.integer("Regression", "num_features", None, "random features (default: as many as x has)")
     cli.real(
         "Regression",

@@ -7,7 +7,8 @@ Each model is fine-tuned on the target first, as in the paper: the workdir of a 
 --dataset (finetune.py) is taken as it is; any other model is fine-tuned here, below <workdir>, all
 with the same settings and candidates. The second row shows the frozen features of the models
 that the fine-tuning started from. tr(C°)/p grows with the scale of the features, so that two
-measures without a scale are beside it. Writes figure3.png, .pdf, .csv and .npz.
+measures without a scale are beside it. The paper does not say which split its figure is of; here it
+is --split, the test split unless said otherwise. Writes figure3.png, .pdf, .csv and .npz.
 """
 
 import csv
@@ -138,7 +139,9 @@ if __name__ == "__main__":
     cli.strings("Model", "names", None, "what they are called (default: the last part of each)")
     cli.string("Model", "head", "linear", "the new head: linear or etf")
     cli.data_flags("oxford_flowers102")
-    cli.string("Data", "split", "test", "features of which split, or role: train or test")
+    cli.string(
+        "Data", "split", "test", "split or role (the paper does not say which): train or test"
+    )
     cli.training_flags("standard")
     cli.numbers("Training", "learning_rate", None, "one, or several to pick from")
     cli.numbers("Training", "weight_decay", None, "one, or several to pick from")

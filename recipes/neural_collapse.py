@@ -6,6 +6,9 @@
 
 Prints a table and writes json. What each measure is: see etfzoo/neural_collapse.py. nc3 and nc4
 compare the classifier with the class means, and need a model of as many classes as the data has.
+Splits differ in size, which nc1, nc1_ratio, cdnv and tr(C)/p depend on: of several splits the table
+has their unbiased forms, and as nc1_equal NC1 on equally many images of each class. The json has
+all.
 """
 
 import json
@@ -38,17 +41,22 @@ def main():
 
     with leaving_when_a_worker_is_lost(strategy):
         ood = load(FLAGS.ood_dataset, "test")[0] if FLAGS.ood_dataset else None
-        results = {}
+        sets, results = {}, {}
         for split in FLAGS.split:
-            found, classes = load(FLAGS.dataset, split)
+            sets[split], classes = load(FLAGS.dataset, split)
             fits = model.spec.head is not None and model.spec.num_classes == classes
             head = features.linear_head(model) if fits else None
             if is_chief(strategy):
-                results[split] = features.collapse(found, classes, head, ood)
+                results[split] = features.collapse(sets[split], classes, head, ood)
+        if is_chief(strategy):
+            for split, value in features.equal_nc1(sets, classes).items():
+                results[split]["nc1_equal"] = value
         wait_for_all(strategy)
     if not is_chief(strategy):
         return
-    names = dict.fromkeys(name for result in results.values() for name in result)
+    names = list(dict.fromkeys(name for result in results.values() for name in result))
+    if len(results) > 1:
+        names = features.comparable(names)
     rows = [["measure", *results]]
     rows += [[name, *(_text(result.get(name)) for result in results.values())] for name in names]
     print(report.text_table(rows))

@@ -55,6 +55,8 @@ if __name__ == "__main__":
     cli.string(model, "norm", "bn", "batch norm (bn) or Switchable Whitening at its places (sw)")
     cli.string(model, "feature_norm", "none", "features before the ETF: none, bn, l2 or bn_l2")
     cli.real(model, "scale", None, "factor on the ETF's logits (default: 1, on l2 features 16)")
+    cli.string(model, "initializer", None, "glorot_uniform or he_fan_out (default: the protocol's)")
+    cli.boolean(model, "zero_gamma", None, "gamma 0 in the last norm of each residual block")
     cli.data_flags("imagenet2012")
     cli.training_flags("paper")
     cli.numbers("Training", "learning_rate", None, "peak learning rate, or several to pick from")

@@ -180,3 +180,15 @@ def test_published_network_is_loaded_and_fine_tuned(tmp_path):
         assert np.any(bare.weights[name].numpy() != before[name]), name
     moved = "conv1_bn%2Fmoving_covariance"
     assert np.any(bare.weights[moved].numpy() != before[moved])
+
+
+def test_moving_variance_is_biased_and_moves_by_a_tenth():
+    """As in Keras; torch would take n/(n - 1) times it. The momentum is torch's."""
+    model = etfzoo.build_classifier("rn18", 4, input_shape=(32, 32, 3))
+    layer = model.get_layer("v2_stack_3_block2_2_bn")
+    x = np.random.default_rng(0).normal(size=(2, 1, 2, 512)).astype("float32")  # n = 4 of each
+    layer(x, training=True)
+    biased = 0.9 * 1 + 0.1 * x.reshape(4, 512).var(0)
+    np.testing.assert_allclose(layer.moving_variance, biased, rtol=1e-4)
+    unbiased = 0.9 * 1 + 0.1 * x.reshape(4, 512).var(0, ddof=1)
+    assert np.abs(np.asarray(layer.moving_variance) - unbiased).max() > 0.01

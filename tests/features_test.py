@@ -171,6 +171,51 @@ def test_several_devices_see_every_example_once(photos, model, tmp_path, devices
     )
 
 
+def _gaussian(count, seed, classes=20, dim=64):
+    """Features of Gaussian classes, `count` of each; the classes are the same for every seed."""
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), count))
+    means = np.random.default_rng(0).normal(size=(classes, dim))
+    noise = np.random.default_rng([1, seed]).normal(size=(len(labels), dim))
+    return features.Features((means[labels] + 2 * noise).astype(np.float32), labels)
+
+
+def test_nc1_on_equally_many_examples():
+    """One distribution at 200 and at 20 examples a class."""
+    equal, plain = [], []
+    for seed in range(3):
+        found = {"train": _gaussian(200, seed), "test": _gaussian(20, seed + 10)}
+        equal.append(features.equal_nc1(found, 20))
+        plain.append({name: features.collapse(f, 20)["nc1"] for name, f in found.items()})
+        assert equal[-1]["test"] == pytest.approx(plain[-1]["test"], rel=1e-9)
+    train, test = (np.mean([e[name] for e in equal]) for name in ("train", "test"))
+    assert train == pytest.approx(test, rel=0.03)
+    train, test = (np.mean([e[name] for e in plain]) for name in ("train", "test"))
+    assert train > 1.15 * test
+
+
+def test_equal_rows_take_the_smaller_count_of_each_class_at_random():
+    few, many = np.repeat([0, 1, 3], [4, 2, 5]), np.repeat([0, 1, 2, 3], [3, 50, 7, 5])
+    masks = features.equal_rows([few, many], 4)
+    for labels, mask in zip((few, many), masks, strict=True):
+        assert np.bincount(labels[mask], minlength=4).tolist() == [3, 2, 0, 5]
+    np.testing.assert_array_equal(masks[1], features.equal_rows([few, many], 4)[1])
+    chosen = np.flatnonzero(masks[1][3:53])
+    assert chosen.tolist() not in ([0, 1], [48, 49])
+    assert not features.equal_nc1({"test": _gaussian(5, 0)}, 20)
+
+
+def test_equal_nc1_is_left_out_where_there_is_none(caplog):
+    apart = {"a": _gaussian(5, 0), "b": features.Features(np.eye(64)[:4], np.full(4, 3))}
+    assert features.equal_nc1(apart, 20) == {}
+    assert "no NC1 on equally many examples: neural collapse needs examples" in caplog.text
+
+
+def test_names_by_which_sets_of_different_size_compare():
+    names = ["nc1", "nc1_ratio", "nc1_ratio_unbiased", "nc3", "cdnv"]
+    assert features.comparable(names) == ["nc1", "nc1_ratio_unbiased", "nc3", "cdnv"]
+    assert features.comparable([*names, "nc1_equal"])[0] == "nc1_ratio_unbiased"
+
+
 def test_measures_of_a_training_and_of_its_resumption(embedded_dir, tmp_path):
     config = TrainConfig(
         dataset="digits", data_dir=str(embedded_dir), backbone="rn18", image_size=16, crop=1.0,
@@ -182,7 +227,9 @@ def test_measures_of_a_training_and_of_its_resumption(embedded_dir, tmp_path):
     rows = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     names = {name for name in result if name.startswith("nc/")}
     assert {name.split("/")[1] for name in names} == {"train", "select"}
-    assert {"nc/select/nc4", "nc/train/cdnv", "nc/train/nc3"} <= names
+    assert {"nc/select/nc4", "nc/train/cdnv", "nc/train/nc3", "nc/train/nc1_equal"} <= names
+    # 300 images of 10 classes against 200: fewer of each count.
+    assert result["nc/train/nc1_equal"] <= result["nc/train/nc1"]
     assert all(names <= row.keys() for row in rows)
     # The same as from the finished model.
     source = sources.resolve("digits", config.data_dir)

@@ -11,6 +11,8 @@ from etfzoo.neural_collapse import NeuralCollapseStatistics, scalars
 
 MEASURES = ("nc1", "nc1_ratio", "cdnv", "nc2_norms", "nc2_angles", "nc2_gram")
 MEASURES += ("tr_c_over_p", "tr_c_over_p_l2")
+UNBIASED = ("nc1_ratio_unbiased", "cdnv_unbiased", "tr_c_over_p_unbiased")
+UNBIASED += ("tr_c_over_p_l2_unbiased",)
 
 
 def statistics(features, labels, classes=None, batch=5000):
@@ -64,6 +66,7 @@ def direct(features, labels, weights=None, bias=None):
         "tr_c_over_p": np.trace(s_w) / h.shape[1],
         "tr_c_over_p_l2": unit_w / n / h.shape[1],
     }
+    result |= direct_unbiased(h, labels, unit)
     if weights is not None:
         w = weights[classes]
         product = w @ centred.T
@@ -73,6 +76,34 @@ def direct(features, labels, weights=None, bias=None):
             "nc3_gram": np.linalg.norm(product / np.linalg.norm(product) - simplex),
             "nc4": np.mean(np.argmax(h @ weights.T + bias, 1) != nearest),
         }
+    return result
+
+
+def direct_unbiased(h, labels, unit):
+    """The unbiased measures by whole covariance matrices, as far as they exist."""
+    count = {c: (labels == c).sum() for c in sorted(set(labels.tolist()))}
+    count = {c: n for c, n in count.items() if n > 1}
+    n, x = sum(count.values()), {c: h[labels == c] for c in count}
+    cov = {c: np.cov(x[c], rowvar=False, ddof=1) for c in count}
+    s_w = sum(count[c] / n * cov[c] for c in count)
+    mean = sum(x[c].sum(0) for c in count) / n
+    s_b = sum(count[c] / n * np.outer(x[c].mean(0) - mean, x[c].mean(0) - mean) for c in count)
+    s_b = s_b - sum((1 - count[c] / n) / n * cov[c] for c in count)
+    unit_w = sum(count[c] / n * np.cov(unit[labels == c], rowvar=False, ddof=1) for c in count)
+    result = {
+        "tr_c_over_p_unbiased": np.trace(s_w) / h.shape[1],
+        "tr_c_over_p_l2_unbiased": np.trace(unit_w) / h.shape[1],
+    }
+    if np.trace(s_b) > 0:
+        result["nc1_ratio_unbiased"] = np.trace(s_w) / np.trace(s_b)
+    pairs = []
+    for a in count:
+        for b in (b for b in count if b > a):
+            noise = np.trace(cov[a]) / count[a] + np.trace(cov[b]) / count[b]
+            distance = np.square(x[a].mean(0) - x[b].mean(0)).sum() - noise
+            pairs.append((np.trace(cov[a] + cov[b]), distance))
+    if min(distance for _, distance in pairs) > 0:
+        result["cdnv_unbiased"] = np.mean([v / (2 * distance) for v, distance in pairs])
     return result
 
 
@@ -175,7 +206,80 @@ def test_against_the_definitions(counts, dim):
     result = measure(features, labels, classifier=(weights, bias), again=[features])
     wanted = direct(features, labels, weights, bias)
     assert_equal(result, wanted, 1e-9, wanted)
-    assert set(wanted) | {"classes", "examples"} <= set(result)
+    lists = {"classes", "examples", "skipped_classes", "single_example_classes"}
+    assert set(wanted) | lists == set(result)
+
+
+@pytest.fixture(scope="module")
+def population():
+    """Gaussian classes whose spread differs, `draw(counts, seed)` of them, and `truth(counts)`."""
+    rng, classes, dim = np.random.default_rng(0), 10, 200
+    means = rng.normal(size=(classes, dim))
+    spread = np.linspace(0.8, 3, classes)[:, None] * rng.uniform(0.5, 1.5, (classes, dim))
+    variance = np.square(spread).sum(1)
+
+    def draw(counts, seed):
+        labels = np.repeat(np.arange(classes), counts)
+        noise = np.random.default_rng([1, seed]).normal(size=(len(labels), dim))
+        return means[labels] + spread[labels] * noise, labels
+
+    def truth(counts):
+        share = counts / np.sum(counts)
+        between = share @ np.square(means - share @ means).sum(1)
+        i, j = np.triu_indices(classes, 1)
+        distance = np.square(means[i] - means[j]).sum(1)
+        return {
+            "nc1_ratio": share @ variance / between,
+            "cdnv": np.mean((variance[i] + variance[j]) / (2 * distance)),
+            "tr_c_over_p": share @ variance / dim,
+        }
+
+    return draw, truth
+
+
+# Images a class: equal ones; and most of those that spread least, then of those that spread most.
+SHARES = ([1] * 10, [1.6] * 5 + [0.4] * 5, [0.4] * 5 + [1.6] * 5)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("images", [20, 50, 500])
+def test_unbiased_measures_do_not_depend_on_the_number_of_examples(population, shares, images):
+    draw, truth = population
+    counts = np.round(np.array(shares) * images).astype(int)
+    results = [measure(*draw(counts, seed)) for seed in range(max(2000 // images, 4))]
+    mean = {name: np.mean([r[name] for r in results]) for name in MEASURES + UNBIASED}
+    off = {name: mean[name] / wanted for name, wanted in truth(counts).items()}
+    for name, wanted in truth(counts).items():
+        np.testing.assert_allclose(mean[f"{name}_unbiased"], wanted, rtol=0.02, err_msg=name)
+    # The plain ones are off at 20 and 50, or the test would say nothing.
+    for name in ("nc1_ratio", "cdnv"):
+        assert off[name] < {20: 0.85, 50: 0.93}[images] if images < 500 else off[name] > 0.95
+
+
+def test_unbiased_ratio_of_balanced_classes_follows_from_the_plain_one(population):
+    k, n = 10, 7
+    result = measure(*population[0]([n] * k, 0))
+    r = result["nc1_ratio"]
+    wanted = r * n / (n - 1) / (1 - r * (k - 1) / (k * (n - 1)))
+    np.testing.assert_allclose(result["nc1_ratio_unbiased"], wanted, rtol=1e-9)
+
+
+def test_unbiased_lengths_of_unit_features(population):
+    draw, _ = population
+    few = np.mean([measure(*draw([5] * 10, s))["tr_c_over_p_l2_unbiased"] for s in range(100)])
+    many = measure(*draw([2000] * 10, 0))
+    np.testing.assert_allclose(few, many["tr_c_over_p_l2"], rtol=0.01)
+
+
+def test_means_that_only_noise_separates_have_no_unbiased_ratio(caplog):
+    rng = np.random.default_rng(0)
+    results = [measure(rng.normal(size=(40, 50)), np.arange(40) % 8) for _ in range(20)]
+    left_out = [r for r in results if "nc1_ratio_unbiased" not in r]
+    assert 2 < len(left_out) < 18  # about half: without bias the scatter is 0 on average
+    assert "nc1_ratio_unbiased is left out: noise alone explains" in caplog.text
+    assert "cdnv_unbiased is left out: noise alone explains" in caplog.text
+    assert all(r["nc1_ratio_unbiased"] > 0 for r in results if r not in left_out)
+    assert all(not any(name.startswith("cdnv_") for name in r) for r in results)
 
 
 def test_a_classifier_in_agreement_only_with_its_bias():
@@ -230,7 +334,10 @@ def test_classes_without_or_with_one_example(caplog):
     assert result["skipped_classes"] == [1, 3, 4, 7] and result["classes"] == 4
     assert result["single_example_classes"] == [2]
     assert "no examples, left out of the collapse measures: 1, 3, 4, 7\n" in caplog.text
-    assert "one example, so no variance of their own, left out of cdnv: 2\n" in caplog.text
+    assert (
+        "one example, so no variance of their own, left out of cdnv and unbiased measures: 2\n"
+        in caplog.text
+    )
     assert_equal(result, direct(features, named), 1e-9)
     assert all(np.isfinite(v) for v in scalars(result, "").values())
     json.dumps(result, allow_nan=False)
@@ -243,7 +350,7 @@ def test_classes_without_or_with_one_example(caplog):
 def test_scalars():
     features, labels = clouds((10, 5, 12))
     row = scalars(measure(features, labels), "nc/test/")
-    assert set(row) == {"nc/test/" + name for name in MEASURES}
+    assert set(row) == {"nc/test/" + name for name in MEASURES + UNBIASED}
 
 
 def test_nc5_is_the_angle_to_other_data():

@@ -25,6 +25,11 @@ NC = (
     "nc2_gram",
     "tr_c_over_p",
     "tr_c_over_p_l2",
+    "nc1_ratio_unbiased",
+    "cdnv_unbiased",
+    "tr_c_over_p_unbiased",
+    "tr_c_over_p_l2_unbiased",
+    "nc1_equal",
 )
 
 
@@ -256,11 +261,18 @@ def test_report_is_whole_and_self_contained(sweep, page):
 
 def test_collapse_measures_are_those_of_the_files(sweep, page):
     values = [
-        result_of(sweep, f"oxford_flowers102/rn18_etf_s{seed}/linear_probe")["nc/test/cdnv"]
+        result_of(sweep, f"oxford_flowers102/rn18_etf_s{seed}/linear_probe")[
+            "nc/test/cdnv_unbiased"
+        ]
         for seed in (0, 1)
     ]
     assert f"{np.mean(values):.3g}" in page.texts("td")
     assert f"{min(values):.3g} to {max(values):.3g}" in page.texts("small")
+    # Splits of different size stand below each other: only measures that do not depend on it.
+    (table,) = sweep_tables.collapse(sweep_results.read_plan(sweep), sweep_results.rows(sweep))
+    header = table.rows[0]
+    assert {"nc1_equal", "nc1_ratio_unbiased", "cdnv_unbiased", "nc3"} <= set(header)
+    assert not {"nc1", "nc1_ratio", "cdnv", "tr_c_over_p", "tr_c_over_p_l2"} & set(header)
 
 
 def test_missing_cells_are_counted_and_shown(tmp_path):
@@ -370,7 +382,13 @@ def test_assumed_settings_are_printed_with_their_values(tmp_path):
     sweep_report.write(root)
     text = (root / "report.html").read_text()
     assert "<td>batch_size</td><td>given</td><td>128</td>" in text
-    assert "<td>min_area</td><td>0.08</td><td>given</td>" in text
+    assert "<td>feature_norm</td><td>none</td><td>given</td>" in text
+    # What no setting tells, of Switchable Whitening too where it is among the methods.
+    assert "Note: the paper names no framework" in text and "Note: the paper gives no" in text
+    assert "Note: this is not the paper" in text
+    sweep_report.write(make_sweep(tmp_path / "b", **PAPERS, methods=["linear", "etf"]))
+    text = (tmp_path / "b/report.html").read_text()
+    assert "Note: the paper names no framework" in text and "this is not the paper" not in text
 
 
 def test_seeds_that_are_there_once_are_no_ranges(tmp_path):

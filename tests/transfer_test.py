@@ -68,6 +68,9 @@ def test_probe_is_scikit_learns_logistic_regression(config, tmp_path):
         within = np.square(pixels_features - means[names]).sum()
         between = np.square(means[names] - pixels_features.mean(0)).sum()
         assert result[f"nc/{split}/nc1_ratio"] == pytest.approx(within / between, rel=1e-4)
+    # 20 images a class are fewer than 130: the test split's NC1 is of 20 as well.
+    assert result["nc/test/nc1_equal"] < result["nc/test/nc1"]
+    assert result["nc/train/nc1_equal"] <= result["nc/train/nc1"]
     with pytest.raises(EtfzooError, match="holds a run that is not k-NN"):
         transfer.knn(config, tmp_path)
 

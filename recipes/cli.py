@@ -65,10 +65,10 @@ def data_flags(dataset):
         "Data",
         "dataset",
         dataset,
-        "imagenet2012, imagenet_resized/64x64, cifar100, cifar10, stl10, svhn_cropped, "
-        "oxford_iiit_pet, oxford_flowers102, dtd, the embedded shapes/source, shapes/textures, "
-        "shapes/outlines and digits; any other TFDS name or prepared TFDS folder; or folder:PATH "
-        "with one subfolder of images a class",
+        "imagenet2012, imagenet_resized/64x64, tiny_imagenet (see recipes/prepare.py), cifar100, "
+        "cifar10, stl10, svhn_cropped, oxford_iiit_pet, oxford_flowers102, dtd, the embedded "
+        "shapes/source, shapes/textures, shapes/outlines and digits; any other TFDS name or "
+        "prepared TFDS folder; or folder:PATH with one subfolder of images a class",
     )
     string("Data", "data_dir", None, "TFDS data directory (default: TFDS's own)")
 

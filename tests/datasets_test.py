@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from etfzoo.data import datasets, sources
+from etfzoo.data import datasets, sources, tiny_imagenet  # noqa: F401 - a builder for TFDS
 from etfzoo.data.datasets import DATASETS, EMBEDDED
 
 OFFICIAL = sorted(DATASETS.keys() - set(EMBEDDED))
@@ -18,6 +18,7 @@ IMAGENET_FIGURES = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 FACTS = {
     "imagenet2012": (1000, {"train": 1_281_167, "validation": 50_000}, False),
     "imagenet_resized/64x64": (1000, {"train": 1_281_167, "validation": 50_000}, False),
+    "tiny_imagenet": (100, {"train": 50_000, "validation": 5_000}, False),
     "cifar100": (100, {"train": 50_000, "test": 10_000}, False),
     "cifar10": (10, {"train": 50_000, "test": 10_000}, False),
     "stl10": (10, {"train": 5_000, "test": 8_000, "unlabelled": 100_000}, False),
@@ -111,6 +112,12 @@ def test_roles_of_the_transfer_protocol():
         assert union == intervals(row.train, row.counts) and row.test == "test"
 
 
+def test_every_row_states_the_terms_of_its_images():
+    assert all(row.licence and row.licence.isprintable() for row in DATASETS.values())
+    for name in ("imagenet2012", "imagenet_resized/64x64", "tiny_imagenet", "stl10"):
+        assert "ImageNet's terms: non-commercial research" in DATASETS[name].licence
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_row_against_the_embedded_builder(name, embedded_dir):
     row = DATASETS[name]
@@ -126,7 +133,7 @@ def test_row_against_the_embedded_builder(name, embedded_dir):
 @pytest.mark.parametrize("name", DATASETS)
 def test_inputs(name):
     row = DATASETS[name]
-    native = 64 if name.startswith("imagenet") else 32
+    native = 64 if "imagenet" in name else 32
     for protocol in ("paper", "standard"):
         assert row.inputs(protocol) == (224, *IMAGENET_FIGURES)
     for protocol in ("paper_lowres", "quickstart"):

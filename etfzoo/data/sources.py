@@ -24,6 +24,8 @@ log = logging.getLogger("etfzoo")
 # Splits up to this size are kept in memory, encoded; of larger ones as much is shuffled at a time.
 _MEMORY_BYTES = 1 << 30
 KEYS = 2**31 - 1
+# A file beside the records of a TFDS data set: its lines end with a class name, a tab, its meaning.
+WORDS = "words.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Source:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def class_descriptions(self) -> tuple[str, ...] | None:
+        """What the class names mean, by class number; None where they speak for themselves."""
+        return None
 
     def split(self, role: str) -> str:
         """The split that plays a role (`train`, `fit`, `select`, `test`); else the name itself."""
@@ -88,6 +95,16 @@ class _TfdsSource(Source):
     image_key: str
     label_key: str
     memory: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def class_descriptions(self):
+        try:
+            text = Path(self.builder.data_dir, WORDS).read_text("utf-8")
+        except (OSError, ValueError):
+            return None
+        words = dict(line.split("\t")[-2:] for line in text.splitlines() if "\t" in line)
+        found = tuple(words.get(name) for name in self.class_names)
+        return None if None in found else found
 
     def size(self, split):
         return self._info(split).num_examples
@@ -191,6 +208,8 @@ def _tfds_source(name: str, data_dir: str | None, prepare: bool) -> Source:
         from etfzoo.data import shapes
 
         shapes.prepare(data_dir, [name])
+    if name == "tiny_imagenet":
+        from etfzoo.data import tiny_imagenet  # noqa: F401 - TFDS knows it from here on
     builder = _tfds_builder(tfds, name, row, data_dir, prepare)
     image_key, label_key = _feature_keys(tfds, name, builder)
     label = builder.info.features[label_key]

@@ -33,6 +33,7 @@ test-slow: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 # Leaves .venv and runs/ alone.
 clean:

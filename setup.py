@@ -28,7 +28,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["etfzoo", "etfzoo.*"]),
-    package_data={"etfzoo": ["*.json"]},
+    package_data={"etfzoo": ["py.typed"], "etfzoo.zoo": ["index.json"]},
+    entry_points={"console_scripts": ["etfzoo=etfzoo.cli.__main__:main"]},
     # Not `build`, which is the Bazel file BUILD where file names ignore case (macOS, Windows).
     options={"build": {"build_base": ".build"}},
     # No TensorFlow here: its CPU, GPU and TPU builds install the same files, so that exactly one
@@ -68,6 +69,7 @@ setup(
             "onnxruntime",
             "tf2onnx>=1.17",
             "grpcio",  # with tensorflow-serving-api, which the Makefile installs by itself
+            "import-linter>=2.1",
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.17,<0.18",  # a newer ruff may format differently

@@ -26,7 +26,7 @@ def stepper(kind, size, batch, dtype):
     import tensorflow as tf
 
     import etfzoo
-    from etfzoo import step_tf
+    from etfzoo.runtime import step_tf
 
     keras.utils.set_random_seed(0)
     rng = np.random.RandomState(0)

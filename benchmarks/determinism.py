@@ -19,7 +19,7 @@ def measure(deterministic: bool, steps: int) -> float:
     import tensorflow as tf
 
     import etfzoo
-    from etfzoo import step_tf
+    from etfzoo.runtime import step_tf
 
     step_tf.set_determinism(deterministic)
     keras.utils.set_random_seed(0)

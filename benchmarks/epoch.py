@@ -32,11 +32,12 @@ def main():
 
     import tensorflow as tf
 
-    from etfzoo import assembly, backend, training
-    from etfzoo.config import TrainConfig
     from etfzoo.data.sources import resolve
-    from etfzoo.interruption import StopRequest
-    from etfzoo.strategy import get_strategy
+    from etfzoo.runtime import backend
+    from etfzoo.runtime.interruption import StopRequest
+    from etfzoo.runtime.strategy import get_strategy
+    from etfzoo.training import build, loop
+    from etfzoo.training.config import TrainConfig
 
     source = resolve(args.dataset, args.data_dir)
     config = TrainConfig(
@@ -50,12 +51,12 @@ def main():
         epochs=args.rounds + 1,
     )
     strategy = get_strategy("one_device")
-    model = assembly.make_model(config, source)
-    pipeline = assembly.make_pipeline(config, source, model)
+    model = build.make_model(config, source)
+    pipeline = build.make_pipeline(config, source, model)
     batch = next(iter(pipeline.training(config.train_split, 0)))
     evaluating = 0.0
 
-    class Timed(training._Run):
+    class Timed(loop._Run):
         def _evaluate(self):
             nonlocal evaluating
             start = time.perf_counter()
@@ -68,7 +69,7 @@ def main():
         cpu = re.search(r"model name\s*: (.*)|$", info.read())[1]
     print(f"{cpu}, {os.cpu_count()} cores, TensorFlow {tf.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        run = Timed(config, training.claim_workdir(config, folder), strategy, pipeline, model, None)
+        run = Timed(config, loop.claim_workdir(config, folder), strategy, pipeline, model, None)
         run.start, run.seconds = time.monotonic(), 0.0
         bare = backend.repeated(strategy, *(x.numpy() for x in batch))
         rows = []

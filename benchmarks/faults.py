@@ -79,7 +79,7 @@ class Workers:
 
     def difference(self, reference):
         """To another training: the largest absolute one; infinite if not only numbers differ."""
-        from etfzoo.checkpoint import CheckpointManager, read
+        from etfzoo.models.checkpoint import CheckpointManager, read
 
         (a, *more), (b, *others) = (
             (*read(CheckpointManager(w).paths()[0]), (w / "metrics.csv").read_text())
@@ -91,7 +91,7 @@ class Workers:
 
 
 def documented(own, other, number, finished):
-    """Whether exit codes are as etfzoo.interruption says: 75 stopped, 76 another worker lost."""
+    """Whether exit codes are those of etfzoo.runtime.interruption: 75 stopped, 76 a worker lost."""
     if finished and own in (0, -number) and other in (0, 76):
         return True  # the signal met a process that had done its work
     return (own, other) == ((75, 75) if number == SIGTERM else (-SIGKILL, 76))

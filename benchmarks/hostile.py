@@ -34,7 +34,8 @@ def main():
     import etfzoo
     import mutations
     import server as http
-    from etfzoo import download, machine
+    from etfzoo.runtime import hardware
+    from etfzoo.zoo import download
     from testing import randomize
 
     download.WAITS = (0.01,)
@@ -44,7 +45,7 @@ def main():
             print(line, flush=True)
             print(line, file=file, flush=True)
 
-        log(f"{machine.describe()}, Python {platform.python_version()}")
+        log(f"{hardware.describe()}, Python {platform.python_version()}")
         for name in ("tensorflow", "keras", "requests", "etfzoo"):
             log(f"{name} {importlib.import_module(name).__version__}")
         log(f"hostile.py --count={args.count} --seed={args.seed}")

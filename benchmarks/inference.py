@@ -73,7 +73,7 @@ def latency(rounds):
     import tensorflow as tf
 
     import etfzoo
-    from etfzoo import formats
+    from etfzoo.zoo import export
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -82,7 +82,7 @@ def latency(rounds):
     with tempfile.TemporaryDirectory() as folder:
         plain_saved_model(Path(folder) / "plain")
         published = etfzoo.publish(model, Path(folder) / "rn50_linear.x")
-        formats.export_onnx(model, Path(folder) / "model.onnx")
+        export.export_onnx(model, Path(folder) / "model.onnx")
         loaded = [tf.saved_model.load(str(path)) for path in (Path(folder) / "plain", published)]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -42,7 +42,7 @@ def batches(args, features, labels):
 
 
 def update(args, features, labels):
-    from etfzoo.neural_collapse import NeuralCollapseStatistics
+    from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 
     statistics = NeuralCollapseStatistics(args.classes, args.dim)
     for x, y in batches(args, features, labels):

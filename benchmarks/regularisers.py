@@ -99,8 +99,8 @@ def stepper(size, batch, soft, ema):
     import tensorflow as tf
 
     import etfzoo
-    from etfzoo import step_tf
-    from etfzoo.averaging import WeightAverage
+    from etfzoo.runtime import step_tf
+    from etfzoo.runtime.averaging import WeightAverage
 
     keras.utils.set_random_seed(0)
     rng = np.random.RandomState(0)

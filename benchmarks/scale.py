@@ -110,7 +110,7 @@ def worker(args):
     import numpy as np
     import tensorflow as tf
 
-    from etfzoo import step_tf, strategy
+    from etfzoo.runtime import step_tf, strategy
 
     several = "TF_CONFIG" in os.environ
     threads = 1 if several else 2

@@ -153,7 +153,7 @@ def serve_steps(folder):
     import keras
 
     import etfzoo
-    from etfzoo import step_tf
+    from etfzoo.runtime import step_tf
 
     tf, works, rng = load_tensorflow(), {}, np.random.RandomState(0)
     for size, batch in STEPS:

@@ -34,7 +34,7 @@ def serve_etfzoo(folder):
     import keras
 
     import etfzoo
-    from etfzoo import step_tf
+    from etfzoo.runtime import step_tf
 
     with open(f"{folder}/settings.json") as file:
         precision = json.load(file)["precision"]

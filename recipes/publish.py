@@ -1,57 +1,6 @@
-"""Publishes a trained model: one SavedModel folder, its model card, its entry in an index.
+"""Publishes a trained model: one SavedModel folder, its model card, its entry in an index."""
 
-  python recipes/publish.py --workdir=runs/flowers --name=rn18_etf.flowers --licence=CC-BY-4.0
-  python recipes/publish.py --workdir=runs/flowers --name=rn18_etf.flowers --models_dir=zoo \\
-    --index=zoo/index.json --url=https://example.org/zoo
-
-The version is loaded back and its logits are compared bit for bit before it gets its place. An
-existing version is never overwritten. ETFZOO_INDEX=zoo/index.json makes the second one loadable by
-its name wherever that file is.
-"""
-
-import cli
-from cli import FLAGS
-
-
-def main():
-    import etfzoo
-    from etfzoo import index, manifest, release
-
-    if bool(FLAGS.workdir) == bool(FLAGS.model):
-        raise etfzoo.EtfzooError("say what to publish: --workdir=DIR or --model=HANDLE, not both")
-    if not FLAGS.name:
-        raise etfzoo.EtfzooError("say under which name, e.g. --name=rn18_etf.flowers")
-    index.check_name(FLAGS.name)
-    folder = release.release(
-        FLAGS.workdir or FLAGS.model,
-        FLAGS.name,
-        FLAGS.models_dir,
-        FLAGS.version,
-        licence=FLAGS.licence,
-        storage=FLAGS.storage,
-        index_path=FLAGS.index,
-        url=FLAGS.url,
-    )
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(
-        f"published {folder} ({size / 1e6:.1f} MB); loaded back, its logits are the same bit for "
-        f"bit\ncard: {folder.parent / 'README.md'}"
-    )
-    if FLAGS.index:
-        address = release.address(FLAGS.url, FLAGS.name, folder.name)
-        pin = manifest.sha256(folder / manifest.NAME)
-        print(f"index: {FLAGS.index}\naddress: {address}#sha256={pin}")
-    print(f'next: python -c "import etfzoo; print(etfzoo.info({str(folder)!r}))"')
-
+import recipe
 
 if __name__ == "__main__":
-    cli.string("Model", "workdir", None, "workdir of a finished training")
-    cli.string("Model", "model", None, "or a published folder or name")
-    cli.string("Model", "name", None, "<backbone>_<method>.<tag>, e.g. rn18_etf.flowers")
-    cli.integer("Model", "version", None, "its number (default: one above the highest there)")
-    cli.string("Model", "licence", None, "licence of the weights")
-    cli.string("Model", "storage", "float32", "float32 or float16")
-    cli.string("Files", "models_dir", "saved_models", "folder of the models")
-    cli.string("Files", "index", None, "index file that gets an entry; made if needed")
-    cli.string("Files", "url", None, "address under which models_dir will be found, with --index")
-    cli.run(main, __doc__)
+    recipe.run("publish")

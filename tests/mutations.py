@@ -12,13 +12,13 @@ import shutil
 from pathlib import Path
 
 import server as http
-from etfzoo import export, manifest
+from etfzoo.zoo import manifest, publish
 
 DATA = "variables/variables.data-00000-of-00001"
 INDEX = "variables/variables.index"
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
 NAME = "rn18_etf.x"
-FILES = ("saved_model.pb", WARM_UP, DATA, INDEX, export.METADATA, "README.md")
+FILES = ("saved_model.pb", WARM_UP, DATA, INDEX, publish.METADATA, "README.md")
 
 PATHS = (  # what no list may name
     "../evil",
@@ -244,7 +244,7 @@ def pickle_in_place_of(rng, world):
 
 @mutation("folder", "address")
 def pickle_with_its_hash(rng, world):
-    name = rng.choice((DATA, INDEX, export.METADATA))
+    name = rng.choice((DATA, INDEX, publish.METADATA))
     world.write(name, pickle.dumps(Bomb(world.root / "evil")), rehash=True)
     return name
 
@@ -309,7 +309,7 @@ def document_in_place_of_the_list(rng, world):
 @mutation("folder", "address")
 def document_in_place_of_the_metadata(rng, world):
     name = rng.choice(sorted(DOCUMENTS))
-    world.write(export.METADATA, DOCUMENTS[name], rehash=True)
+    world.write(publish.METADATA, DOCUMENTS[name], rehash=True)
     return name
 
 
@@ -348,7 +348,7 @@ def value_in_the_list(rng, world):
 
 @mutation("folder", "address")
 def value_in_the_metadata(rng, world):
-    document = json.loads((world.folder / export.METADATA).read_bytes())
+    document = json.loads((world.folder / publish.METADATA).read_bytes())
     spec = document["spec"]
     changes = {
         "future format": lambda: document.update(format=99),
@@ -382,7 +382,7 @@ def value_in_the_metadata(rng, world):
     }
     what = rng.choice(sorted(changes))
     changes[what]()
-    world.write(export.METADATA, json.dumps(document).encode(), rehash=True)
+    world.write(publish.METADATA, json.dumps(document).encode(), rehash=True)
     return what
 
 

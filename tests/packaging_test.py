@@ -65,13 +65,13 @@ def test_installed_metadata_has_the_version_of_the_package():
 
 
 def test_build_has_a_binary_for_each_recipe():
-    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"cli.py", "__init__.py"}
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"recipe.py"}
     binaries = {binary["name"]: binary["srcs"] for binary in _evaluate_build_file()["py_binary"]}
     assert binaries == {name.removesuffix(".py"): [f"recipes/{name}"] for name in recipes}
 
 
 def test_build_has_a_test_for_each_test_file():
-    tests = {path.name.removesuffix(".py") for path in (ROOT / "tests").glob("*_test.py")}
+    tests = {path.name.removesuffix(".py") for path in (ROOT / "tests").rglob("*_test.py")}
     assert {test["name"] for test in _evaluate_build_file()["py_test"]} == tests
 
 

@@ -43,7 +43,7 @@ class Dataset:
     licence: str = ""
 
     def inputs(self, protocol: str) -> tuple[int, tuple, tuple]:
-        """Image size in pixels, mean and deviation under a protocol of `etfzoo.protocols`."""
+        """Image size in pixels, mean and deviation under a protocol (`etfzoo.protocols`)."""
         if protocol in ("paper_lowres", "quickstart"):
             return self.native, *self.statistics
         return 224, *IMAGENET_STATISTICS

@@ -9,7 +9,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from etfzoo.data.datasets import Dataset
-from etfzoo.data.sources import KEYS, Source, ordered
+from etfzoo.data.source import KEYS, Source, ordered
 from etfzoo.errors import EtfzooError
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")

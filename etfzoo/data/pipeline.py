@@ -16,7 +16,7 @@ import tensorflow as tf
 from etfzoo.data import augment
 from etfzoo.data.augment import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
-from etfzoo.data.sources import Source
+from etfzoo.data.source import Source
 from etfzoo.errors import EtfzooError
 
 PARALLEL = os.cpu_count()  # examples at a time

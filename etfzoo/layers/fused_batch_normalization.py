@@ -30,7 +30,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     (with `tf.config.optimizer.set_jit` or TF_XLA_FLAGS=--tf_xla_auto_jit, that is everything).
 
     On GPUs with deterministic ops TensorFlow has no gradient of the op in inference mode: there,
-    take gradients of `stock(model)(images, training=False)`, see `etfzoo.backbones.stock`.
+    take gradients of `stock(model)(images, training=False)`, see `etfzoo.models.backbones.stock`.
 
     In weight files the layer goes by the name of Keras's, so that each loads the other's.
 

@@ -1,0 +1,103 @@
+"""How a command runs: flags parsed, readable help, errors in one line."""
+
+import importlib
+import logging
+import os
+import sys
+import tempfile
+
+from absl import app
+from absl import flags as absl_flags
+from absl import logging as absl_logging
+
+import etfzoo
+from etfzoo.cli.flags import FLAGS, GROUPS
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def run(main, doc, arguments=False, extra="jax"):
+    """Parses the flags and runs a recipe; bad input ends it with one line and exit code 2.
+
+    Args:
+        main: the recipe.
+        doc: what `--help` prints above the flags.
+        arguments: whether `main` takes a list of what is written beside the flags.
+        extra: of setup.py, that brings the JAX which the recipe needs.
+    """
+
+    def guarded(argv):
+        if len(argv) > 1 and not arguments:
+            _fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger = logging.getLogger("etfzoo")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        # TFDS and TensorFlow warn about each other's deprecations; no user can act on these.
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+            _import_backend(os.environ["KERAS_BACKEND"], extra)
+        _import_tensorflow()
+        try:
+            main(argv[1:]) if arguments else main()
+        except etfzoo.EtfzooError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    def parse(argv):
+        if {"--help", "-h", "-help", "--helpshort"} & set(argv):
+            _print_help(doc)
+            sys.exit(0)
+        try:
+            return FLAGS(argv)
+        except absl_flags.Error as error:
+            _fail(f"{error}; --help lists the flags")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _import_tensorflow():
+    # TensorFlow writes notices straight to file descriptor 2 while it loads; hold them back, and
+    # show them only when loading fails.
+    with tempfile.TemporaryFile() as notices:
+        saved = os.dup(2)
+        os.dup2(notices.fileno(), 2)
+        try:
+            importlib.import_module("tensorflow")
+            loaded = True
+        except ImportError:
+            loaded = False
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+        if not loaded:
+            notices.seek(0)
+            sys.stderr.write(notices.read().decode(errors="replace"))
+            importlib.import_module("tensorflow")
+
+
+def _import_backend(name, extra):
+    try:
+        importlib.import_module("keras")
+    except (ImportError, ValueError) as error:
+        hint = f"pip install 'etfzoo[{extra}]'" if name == "jax" else "tensorflow and jax can train"
+        _fail(f"KERAS_BACKEND={name} cannot be used: {error}; {hint}")
+
+
+def _fail(error):
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_help(doc):
+    print(doc.strip())
+    for group, names in GROUPS.items():
+        print(f"\n{group}:")
+        for name in names:
+            flag = FLAGS[name]
+            default = "" if flag.default is None else f" (default: {flag.default_as_str})"
+            print(f"  --{name}: {flag.help.strip()}{default.replace(chr(39), '')}")

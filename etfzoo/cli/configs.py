@@ -1,0 +1,154 @@
+"""From flags to what the library takes, and what the commands print alike."""
+
+import os
+
+import etfzoo
+from etfzoo.cli.flags import FLAGS
+
+
+def open_strategy(settings):
+    """The strategy of flags or of a TrainConfig; to be called before TensorFlow computes."""
+    from etfzoo.runtime.strategy import best_here, get_strategy
+
+    if settings.strategy == "auto":
+        print(f"strategy: {best_here(settings.tpu)}", flush=True)
+    return get_strategy(settings.strategy, settings.tpu, settings.num_virtual_devices)
+
+
+def print_profile(config):
+    """Measures a run without writing anything, and says what it waits for."""
+    from etfzoo.training import throughput
+
+    print("measuring the input, the step and both; this takes a minute", flush=True)
+    rates = throughput.profile(config, seconds=2)
+    for name, says in (
+        ("input", "images delivered, with nobody taking time for them"),
+        ("step", "steps on one batch in memory"),
+        ("training", "steps on delivered images, as in a run"),
+    ):
+        r = rates[name]
+        print(f"  {r.median:9.1f} images/s ({r.lowest:.1f} to {r.highest:.1f}): {says}")
+    cacheable = config.cache != "device" and not (
+        config.rand_augment or config.mixup or config.cutmix
+    )
+    print(throughput.verdict(rates, cacheable))
+
+
+def train_config(task, **known):
+    """The TrainConfig that the flags describe.
+
+    Args:
+        task: `"pretrain"` or `"finetune"`: which half of the protocol.
+        **known: fields that are not flags, or whose flag lists several values.
+    """
+    import dataclasses
+
+    from etfzoo.data.datasets import DATASETS
+    from etfzoo.training import protocols
+    from etfzoo.training.config import TrainConfig
+
+    given = {
+        f.name: FLAGS[f.name].value
+        for f in dataclasses.fields(TrainConfig)
+        if f.name in FLAGS and not isinstance(FLAGS[f.name].value, list | None)
+    }
+    if FLAGS.image_size_schedule is not None:
+        known["image_size_schedule"] = _size_schedule(FLAGS.image_size_schedule)
+    if FLAGS.config:
+        given = {name: value for name, value in given.items() if FLAGS[name].present}
+        return dataclasses.replace(TrainConfig.load(FLAGS.config), **(given | known))
+    values = given | known
+    row = DATASETS.get(values["dataset"])
+    backbone = values.get("backbone", "rn50")
+    defaults = protocols.settings(values["protocol"], task, backbone, row)
+    return TrainConfig(**(defaults | values))
+
+
+def _size_schedule(texts) -> list[tuple[int, int]]:
+    try:
+        return [(int(size), int(epochs)) for size, epochs in (t.split(":") for t in texts if t)]
+    except ValueError as error:
+        raise etfzoo.EtfzooError(
+            f"--image_size_schedule is size:epochs, several separated by commas; got {texts}"
+        ) from error
+
+
+def finetune_config(handle, learning_rates=(), weight_decays=()):
+    """The TrainConfig that the flags describe for fine-tuning a model.
+
+    Args:
+        handle: of the pretrained model; None where `--config` names it.
+        learning_rates, weight_decays: candidates, of which the first is the config's own.
+    """
+    known = {}
+    if handle:
+        open_strategy(FLAGS)  # loading computes
+        handle = os.path.abspath(handle) if os.path.exists(handle) else handle
+        spec = etfzoo.load(handle).spec
+        known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}
+        known |= {"mean": spec.mean, "std": spec.std}
+    known |= {"learning_rate": learning_rates[0]} if learning_rates else {}
+    known |= {"weight_decay": weight_decays[0]} if weight_decays else {}
+    return train_config("finetune", **known)
+
+
+def print_assumed(config, task):
+    """Says which settings the protocol's source leaves open, and what no setting tells."""
+    from etfzoo.training import protocols
+
+    assumed = protocols.assumed(config.protocol, task)
+    if assumed:
+        values = ", ".join(f"{name}={getattr(config, name)}" for name in assumed)
+        print(f"assumed (not in the protocol's source): {values}", flush=True)
+    for note in protocols.notes(config.protocol, task, config.norm):
+        print(f"note: {note}", flush=True)
+
+
+def data_dir_flag(config) -> str:
+    """The `--data_dir` of a run, as it belongs into a suggested next command."""
+    return f" --data_dir={config.data_dir}" if config.data_dir else ""
+
+
+def parse_numbers(name, texts=None) -> list[float]:
+    """Values of a `numbers` flag.
+
+    Args:
+        name: of the flag.
+        texts: to be read in place of the flag's own.
+
+    Raises:
+        EtfzooError: one of them is not a number.
+    """
+    try:
+        return [float(text) for text in (FLAGS[name].value if texts is None else texts)]
+    except ValueError as error:
+        raise etfzoo.EtfzooError(f"--{name} takes numbers separated by commas: {error}") from error
+
+
+def image_arguments(arguments):
+    """The images that the arguments of a recipe name: files, and folders of them.
+
+    Raises:
+        EtfzooError: none, or no such file.
+    """
+    from etfzoo.data.folders import image_files
+
+    if not arguments:
+        raise etfzoo.EtfzooError("say which images: files or folders, beside the flags")
+    return image_files(arguments)
+
+
+def print_predictions(paths, predictions):
+    """A table of the likeliest classes of each image.
+
+    Args:
+        paths: of the images.
+        predictions: for each image its pairs of a label and a score in 0..1, best first.
+    """
+    from etfzoo.experiments import html
+
+    rows = [
+        [str(path), *(f"{label} {100 * score:.1f} %" for label, score in classes)]
+        for path, classes in zip(paths, predictions, strict=True)
+    ]
+    print(html.text_table([["image", *map(str, range(1, len(rows[0])))], *rows]), flush=True)

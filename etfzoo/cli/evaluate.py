@@ -1,0 +1,62 @@
+"""Evaluates a model: top-1, top-5, mean per-class accuracy, accuracy by class, confusion matrix.
+
+  python recipes/evaluate.py --model=runs/my_run --dataset=oxford_flowers102
+  python recipes/evaluate.py --model=rn50_etf --dataset=folder:photos --split=test --output=report
+
+Writes metrics.json, per_class.csv and confusion.png. Takes seconds to minutes.
+"""
+
+import os
+
+from etfzoo.cli import app, configs, flags
+from etfzoo.cli.flags import FLAGS
+
+
+def main():
+    import etfzoo
+    from etfzoo import files
+    from etfzoo.data import sources
+    from etfzoo.experiments import plots
+    from etfzoo.measure import accuracy
+    from etfzoo.runtime.interruption import leaving_when_a_worker_is_lost
+    from etfzoo.runtime.strategy import chief_first, is_chief, wait_for_all
+
+    if not FLAGS.model:
+        raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
+    strategy = configs.open_strategy(FLAGS)
+    with strategy.scope():
+        model = etfzoo.load(FLAGS.model)
+    with leaving_when_a_worker_is_lost(strategy):
+        source = chief_first(strategy, lambda: sources.resolve(FLAGS.dataset, FLAGS.data_dir))
+        predictions = accuracy.evaluate(model, source, FLAGS.split, FLAGS.batch_size, strategy)
+        wait_for_all(strategy)
+    if not is_chief(strategy):
+        return
+    metrics = accuracy.summary(predictions, source.num_classes)
+    low, high = accuracy.binomial_interval(metrics["top1"], metrics["examples"])
+    output = files.make_directory(
+        FLAGS.output or f"runs/evaluate/{os.path.basename(FLAGS.model.rstrip('/'))}"
+    )
+    accuracy.write_report(output, predictions, source.class_names, metrics)
+    plots.confusion_png(
+        output / "confusion.png",
+        accuracy.confusion_matrix(predictions, source.num_classes),
+        source.class_names,
+    )
+    print(
+        f"top-1 {100 * metrics['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})  "
+        f"top-5 {100 * metrics['top5']:.2f} %  mean per-class "
+        f"{100 * metrics['mean_per_class']:.2f} %  on {metrics['examples']} images\n"
+        f"written to {output}: metrics.json, per_class.csv, confusion.png"
+    )
+
+
+def run():
+    """Defines the flags and runs the command."""
+    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.data_flags("imagenet2012")
+    flags.string("Data", "split", "test", "a split, or a role: train, fit, select or test")
+    flags.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    flags.strategy_flags()
+    flags.string("Files", "output", None, "directory of the report (default: below runs/evaluate)")
+    app.run(main, __doc__)

@@ -1,0 +1,91 @@
+"""Measures neural collapse of a model's features on a data set: NC1 to NC5, CDNV, tr(C)/p.
+
+  python recipes/neural_collapse.py --model=runs/my_run --dataset=oxford_flowers102
+  python recipes/neural_collapse.py --model=rn50_etf --dataset=cifar10 --split=test
+  python recipes/neural_collapse.py --model=runs/my_run --dataset=cifar10 --ood_dataset=svhn_cropped
+
+Prints a table and writes json. What each measure is: see etfzoo/neural_collapse.py. nc3 and nc4
+compare the classifier with the class means, and need a model of as many classes as the data has.
+Splits differ in size, which nc1, nc1_ratio, cdnv and tr(C)/p depend on: of several splits the table
+has their unbiased forms, and as nc1_equal NC1 on equally many images of each class. The json has
+all.
+"""
+
+import json
+import os
+
+from etfzoo.cli import app, configs, flags
+from etfzoo.cli.flags import FLAGS
+
+
+def main():
+    import etfzoo
+    from etfzoo import files
+    from etfzoo.data import sources
+    from etfzoo.data.pipeline import evaluation_pipeline
+    from etfzoo.experiments import html
+    from etfzoo.measure import features
+    from etfzoo.runtime.interruption import leaving_when_a_worker_is_lost
+    from etfzoo.runtime.strategy import check_batch_size, chief_first, is_chief, wait_for_all
+
+    if not FLAGS.model:
+        raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
+    strategy = configs.open_strategy(FLAGS)
+    check_batch_size(FLAGS.batch_size, strategy)
+    with strategy.scope():
+        model = etfzoo.load(FLAGS.model)
+    extractor = features.Extractor(model, strategy)
+
+    def load(name, split):
+        source = chief_first(strategy, lambda: sources.resolve(name, FLAGS.data_dir))
+        pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
+        return extractor.load(pipeline, split, FLAGS.feature_cache or None), source.num_classes
+
+    with leaving_when_a_worker_is_lost(strategy):
+        ood = load(FLAGS.ood_dataset, "test")[0] if FLAGS.ood_dataset else None
+        sets, results = {}, {}
+        for split in FLAGS.split:
+            sets[split], classes = load(FLAGS.dataset, split)
+            fits = model.spec.head is not None and model.spec.num_classes == classes
+            head = features.linear_head(model) if fits else None
+            if is_chief(strategy):
+                results[split] = features.collapse(sets[split], classes, head, ood)
+        if is_chief(strategy):
+            for split, value in features.equal_nc1(sets, classes).items():
+                results[split]["nc1_equal"] = value
+        wait_for_all(strategy)
+    if not is_chief(strategy):
+        return
+    names = list(dict.fromkeys(name for result in results.values() for name in result))
+    if len(results) > 1:
+        names = features.comparable(names)
+    rows = [["measure", *results]]
+    rows += [[name, *(_text(result.get(name)) for result in results.values())] for name in names]
+    print(html.text_table(rows))
+    dataset = FLAGS.dataset.replace(":", "_").replace("/", "_")
+    name = f"{os.path.basename(FLAGS.model.rstrip('/'))}_{dataset}"
+    output = FLAGS.output or f"runs/neural_collapse/{name}.json"
+    files.make_directory(os.path.dirname(output) or ".")
+    document = {"model": FLAGS.model, "dataset": FLAGS.dataset, "ood_dataset": FLAGS.ood_dataset}
+    document |= {"etfzoo": etfzoo.__version__, "splits": results}
+    files.write_text(output, json.dumps(document, indent=2) + "\n")
+    print(f"written to {output}")
+
+
+def _text(value):
+    if isinstance(value, list):
+        return f"{len(value)} classes" if value else "none"
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def run():
+    """Defines the flags and runs the command."""
+    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.data_flags("imagenet2012")
+    flags.strings("Data", "split", "train,test", "splits or roles (train, fit, select, test)")
+    flags.string("Data", "ood_dataset", None, "other data, whose test split nc5 compares with")
+    flags.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    flags.strategy_flags()
+    flags.feature_cache_flag()
+    flags.string("Files", "output", None, "json file (default: below runs/neural_collapse)")
+    app.run(main, __doc__)

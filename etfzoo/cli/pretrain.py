@@ -1,0 +1,72 @@
+"""Pretrains a KerasCV ResNet with a fixed ETF classifier or with a trainable one.
+
+  python recipes/pretrain.py --head=etf                  # the paper: RN50, ImageNet, 180 epochs
+  python recipes/pretrain.py --head=etf --strategy=tpu   # the same on a TPU
+  python recipes/pretrain.py --head=linear --norm=sw --protocol=sw_official
+  python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart
+  python recipes/pretrain.py --dataset=folder:photos --backbone=rn18 --protocol=quickstart
+
+Several learning rates (comma separated): each is trained on one part of the training data and
+compared on the other, for --search_epochs; the best is trained again on all of it.
+
+Stop it at any moment and start it again: it goes on at the same step. To expect: see
+recipes/README.md for measured times and accuracies.
+"""
+
+from etfzoo.cli import app, configs, flags
+from etfzoo.cli.flags import FLAGS
+
+
+def main():
+    import etfzoo
+    from etfzoo.training import loop, search
+
+    rates = configs.parse_numbers("learning_rate") if FLAGS.learning_rate else []
+    config = configs.train_config("pretrain", **({"learning_rate": rates[0]} if rates else {}))
+    configs.open_strategy(config)
+    workdir = FLAGS.workdir or (
+        f"runs/{config.dataset.replace(':', '_').replace('/', '_')}_{config.image_size}_"
+        f"{config.backbone}_{config.head}{'_sw' if config.norm == 'sw' else ''}_s{config.seed}"
+    )
+    print(
+        f"pretraining {config.backbone} ({config.head} head, {config.norm}) on {config.dataset} at "
+        f"{config.image_size} px for {config.epochs} epochs, etfzoo {etfzoo.__version__} -> "
+        f"{workdir}",
+        flush=True,
+    )
+    configs.print_assumed(config, "pretrain")
+    if FLAGS.profile:
+        configs.print_profile(config)
+        return
+    config = search.pick(config, workdir, rates, (), FLAGS.widen, FLAGS.search_epochs)
+    result = loop.train_and_evaluate(config, workdir)
+    print(
+        f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
+        f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images\n"
+        f"next: python recipes/finetune.py --model={workdir} --dataset=oxford_flowers102"
+        f"{configs.data_dir_flag(config)}"
+    )
+
+
+def run():
+    """Defines the flags and runs the command."""
+    model = "Model"
+    flags.string(model, "backbone", "rn50", "rn18, rn34, rn50 or rn101")
+    flags.string(model, "head", "etf", "etf (fixed) or linear (trainable)")
+    flags.string(model, "norm", "bn", "batch norm (bn) or Switchable Whitening at its places (sw)")
+    flags.string(model, "feature_norm", "none", "features before the ETF: none, bn, l2 or bn_l2")
+    flags.real(model, "scale", None, "factor on the ETF's logits (default: 1, on l2 features 16)")
+    flags.string(
+        model, "initializer", None, "glorot_uniform or he_fan_out (default: the protocol's)"
+    )
+    flags.boolean(model, "zero_gamma", None, "gamma 0 in the last norm of each residual block")
+    flags.data_flags("imagenet2012")
+    flags.training_flags("paper")
+    flags.numbers("Training", "learning_rate", None, "peak learning rate, or several to pick from")
+    flags.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")
+    flags.integer(
+        "Training", "search_epochs", None, "epochs of each of several (default: --epochs)"
+    )
+    flags.real("Training", "weight_decay", None, "L2 added to the gradient before momentum")
+    flags.profile_flag()
+    app.run(main, __doc__)

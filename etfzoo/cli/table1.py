@@ -1,0 +1,194 @@
+"""Table 1: backbones x methods x targets x seeds from one command, as tables and a report.
+
+  python recipes/table1.py --quick                   # small embedded data, without any download
+  python recipes/table1.py --dry_run                 # the plan: cells, steps, time, commands
+  python recipes/table1.py --source=imagenet2012 --data_dir=DIR --workdir=runs/table1
+  python recipes/table1.py --source=tiny_imagenet --targets=oxford_flowers102,cifar10 \\
+    --backbones=rn18 --protocol=quickstart --data_dir=DIR
+
+Methods: a trainable classifier (linear), one with Switchable Whitening (sw), a fixed ETF (etf), all
+under the same settings and with the same search. Each cell is a workdir and a process of its own;
+stop it at any moment, and the same command goes on.
+"""
+
+import os
+import shlex
+import sys
+
+from etfzoo.cli import app, configs, flags
+from etfzoo.cli.flags import FLAGS
+
+# Few epochs at the rates of the demo, and a search of the fine-tuning's rate in each cell.
+QUICK = {
+    "source": "shapes/source",
+    "targets": ["digits"],
+    "backbones": ["rn18"],
+    "seeds": ["0", "1"],
+    "protocol": "quickstart",
+    "epochs": 3,
+    "batch_size": 64,
+    "finetune_epochs": 3,
+    "learning_rate": ["0.003", "0.01", "0.03"],
+    "finetune_batch_size": 32,
+    "eval_every": 3,
+    "jobs": 2,
+}
+SETTINGS = (
+    "source", "protocol", "data_dir", "source_search_epochs", "epochs", "batch_size",
+    "finetune_epochs", "finetune_batch_size", "image_size", "eval_every", "mixed_precision",
+)  # fmt: skip
+
+
+def main():
+    import tensorflow as tf
+
+    import etfzoo
+    from etfzoo.experiments import report, runner
+    from etfzoo.runtime.interruption import Stopped
+
+    settings = _settings()
+    jobs = _value("jobs")
+    if jobs < 1:
+        raise etfzoo.EtfzooError(f"--jobs must be at least 1; got {jobs}")
+    speed = FLAGS.images_per_second
+    if speed is not None and not 0 < speed < float("inf"):
+        raise etfzoo.EtfzooError(f"--images_per_second must be a positive number; got {speed:g}")
+    gpus = tf.config.list_physical_devices("GPU")
+    tf.config.set_visible_devices([], "GPU")  # their memory is for the cells
+    if FLAGS.dry_run:
+        _print_plan(settings, jobs)
+        return
+    command = shlex.join(["python", "recipes/table1.py", *sys.argv[1:]])
+    try:
+        failures = runner.run(settings, command, jobs, len(gpus))
+    except Stopped:
+        report.write(settings.root)
+        raise
+    print(f"report: {report.write(settings.root)}", flush=True)
+    if failures:
+        print("not finished:", *failures, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
+
+
+def _value(name):
+    """Of a flag; with --quick another default."""
+    quick = FLAGS.quick and name in QUICK and not FLAGS[name].present
+    return QUICK[name] if quick else FLAGS[name].value
+
+
+def _settings():
+    import etfzoo
+    from etfzoo import files
+    from etfzoo.experiments import sweep
+
+    try:
+        seeds = tuple(int(seed) for seed in _value("seeds"))
+    except ValueError as error:
+        raise etfzoo.EtfzooError(f"--seeds takes whole numbers: {error}") from error
+    root = FLAGS.workdir or ("runs/table1_quick" if FLAGS.quick else "runs/table1")
+    given = {name: _value(name) for name in SETTINGS}
+    if FLAGS.quick and not FLAGS.data_dir:
+        given["data_dir"] = os.path.join(root, "data")
+        if not FLAGS.dry_run:
+            files.make_directory(given["data_dir"])
+    rates = {
+        f"{name}s": tuple(configs.parse_numbers(name, _value(name))) if _value(name) else ()
+        for name in ("learning_rate", "source_learning_rate")
+    }
+    return sweep.Sweep(
+        root=root,
+        seeds=seeds,
+        **{name: tuple(_value(name)) for name in ("backbones", "methods", "targets", "modes")},
+        **given,
+        **rates,
+    )
+
+
+def _print_plan(settings, jobs):
+    from etfzoo.experiments import sweep
+    from etfzoo.experiments.runner import clock
+    from etfzoo.models.backbones import forward_gflop
+
+    cells = sweep.cells(settings)
+    speeds, given = sweep.measured_speeds(cells), None
+    if FLAGS.images_per_second:
+        first = cells[0].config
+        given = 3 * FLAGS.images_per_second * forward_gflop(first.backbone, first.image_size)
+    total = {"steps": 0, "gflop": 0.0, "seconds": 0.0}
+    unknown, states = 0, {}
+    for number, cell in enumerate(cells, 1):
+        state = sweep.state(cell)
+        states[state] = states.get(state, 0) + 1
+        left = sweep.remaining_gflop(cell)
+        speed = sweep.speed(cell, speeds) or given
+        steps = sum(sweep.steps(config) for _, config in cell.runs())
+        if not left:
+            time = "done"
+        elif speed:
+            time = f"about {clock(left / speed)}"
+            total["seconds"] += left / speed
+        else:
+            time, unknown = "no measurement yet", unknown + 1
+        total["steps"] += steps
+        total["gflop"] += left
+        print(
+            f"{number}/{len(cells)} {cell.name}: {state}, {steps:,} steps, "
+            f"{sweep.cell_gflop(cell):,.0f} GFLOP, {time}\n"
+            f"    python recipes/{cell.recipe} {shlex.join(cell.arguments())}"
+        )
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    print(
+        f"\n{len(cells)} cells: {counts}\n{total['steps']:,} training steps in all, "
+        f"{total['gflop']:,.0f} GFLOP to go (convolutions; a training pass counts as three forward "
+        "passes), without what a search may be widened by"
+    )
+    if total["seconds"]:
+        print(f"about {clock(total['seconds'] / jobs)} with --jobs={jobs}, where it is known")
+    if unknown:
+        print(
+            f"{unknown} cells without a measurement: run some, or pass --images_per_second=N, the "
+            f"images a second that training {settings.backbones[0]} on {settings.source} takes in"
+        )
+    if len(settings.source_learning_rates) > 1:
+        print(
+            f"the pretraining's rate is searched with {settings.backbones[0]} and seed "
+            f"{settings.seeds[0]}, for each method, and taken for the others"
+        )
+
+
+def run():
+    """Defines the flags and runs the command."""
+    data, training = "Data", "Training"
+    flags.string(data, "source", "imagenet2012", "data set of the pretraining")
+    flags.strings(data, "targets", "cifar100,cifar10,stl10,svhn_cropped,oxford_iiit_pet,"
+                "oxford_flowers102,dtd", "data sets that models are transferred to")  # fmt: skip
+    flags.string(data, "data_dir", None, "TFDS data directory (default: TFDS's own)")
+    flags.integer(data, "image_size", None, "height and width in pixels (default: the protocol's)")
+    flags.strings("Model", "backbones", "rn50,rn101", "rn18, rn34, rn50 or rn101")
+    flags.strings("Model", "methods", "linear,sw,etf", "linear, sw (linear with whitening) or etf")
+    flags.strings("Model", "modes", "full,linear_probe,knn", "what is done on targets")
+    flags.string(training, "protocol", "paper_lowres", "paper, paper_lowres, standard, strong, "
+               "sw_official or quickstart: where unset flags take their values from")  # fmt: skip
+    flags.strings(training, "seeds", "0", "of pretraining and of what follows it")
+    flags.numbers(
+        training, "learning_rate", None, "grid of the fine-tuning, widened where the best lies at "
+        "its edge (default: a third, once and three times the protocol's)"
+    )  # fmt: skip
+    flags.numbers(
+        training, "source_learning_rate", None, "one for the pretraining, or several that are "
+        "searched with the first backbone and seed (default: the protocol's)"
+    )  # fmt: skip
+    flags.integer(training, "source_search_epochs", None, "of each of several (default: all)")
+    flags.integer(training, "epochs", None, "of the pretraining")
+    flags.integer(training, "finetune_epochs", None, "of the fine-tuning")
+    flags.integer(training, "batch_size", None, "of the pretraining")
+    flags.integer(training, "finetune_batch_size", None, "of the fine-tuning")
+    flags.integer(training, "eval_every", None, "epochs between evaluations (default: 1)")
+    flags.string("Machine", "mixed_precision", None, "none, bfloat16 or float16 (default: none)")
+    flags.integer("Machine", "jobs", 1, "cells at a time; they share the cores, and GPUs one each")
+    flags.boolean("Sweep", "dry_run", False, "print the plan, and run nothing")
+    flags.boolean("Sweep", "quick", False, "small embedded data, rn18, two seeds")
+    flags.real("Sweep", "images_per_second", None, "training speed of the first backbone on the "
+             "source, for the plan's times where nothing was measured")  # fmt: skip
+    flags.string("Files", "workdir", None, "directory of the sweep (default: runs/table1)")
+    app.run(main, __doc__)

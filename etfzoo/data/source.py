@@ -1,0 +1,81 @@
+"""What a source of encoded images is.
+
+A source knows its classes and splits, and yields records `{image, label, key, record}`: the
+encoded bytes, the class number, a number that identifies the example for ever (the seed of its
+augmentation) and its readable name (for error messages); where the source is held in memory also
+`index`, its place in file order.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from etfzoo.data.datasets import Dataset
+
+KEYS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A resolved data set.
+
+    Attributes:
+        name: as the user wrote it.
+        row: splits, statistics and conventions; for a data set that has no row of its own they
+            are derived from the splits that it has.
+        class_names: label names by class number.
+    """
+
+    name: str
+    row: Dataset
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def class_descriptions(self) -> tuple[str, ...] | None:
+        """What the class names mean, by class number; None where they speak for themselves."""
+        return None
+
+    def split(self, role: str) -> str:
+        """The split that plays a role (`train`, `fit`, `select`, `test`); else the name itself."""
+        return getattr(self.row, role) if role in ("train", "fit", "select", "test") else role
+
+    def size(self, split: str) -> int:
+        """Number of examples in a split or role.
+
+        Raises:
+            EtfzooError: no such split.
+        """
+        raise NotImplementedError
+
+    def records(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
+        """Encoded records of a split or role, in file order or in the order of a seed."""
+        raise NotImplementedError
+
+
+def ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.data.Dataset:
+    """Records from columns in memory, in the given order or in that of a seed, with `index`."""
+    order = np.arange(len(columns["record"]))
+    if shuffle_seed is not None:
+        order = np.random.RandomState(shuffle_seed).permutation(order)
+    records = tf.data.Dataset.from_tensor_slices(order).map(
+        lambda i: {"index": i} | {name: tf.gather(c, i) for name, c in columns.items()}
+    )
+    return records.with_options(reading())
+
+
+def reading() -> tf.data.Options:
+    """How data sets are read: in order, and with parallelism and buffers as they are set.
+
+    Autotuning is off: with it, letting go of an iterator may block until the tuner wakes up again,
+    up to a minute later, at the end of each epoch (TensorFlow 2.21).
+    """
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    return options

@@ -1,0 +1,300 @@
+"""Runs the cells of a sweep, each in a process of its own, several at a time."""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from etfzoo import files
+from etfzoo.data.sources import resolve
+from etfzoo.errors import EtfzooError
+from etfzoo.experiments import sweep
+from etfzoo.runtime.interruption import EXIT_STOPPED, Stopped, StopRequest
+from etfzoo.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+_RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_ORPHANS = 120  # seconds that the cells of a killed sweep get to save and end
+
+
+@dataclasses.dataclass
+class _Running:
+    cell: sweep.Cell
+    slot: int
+    process: subprocess.Popen
+    log: Path
+    offset: int  # where in the log this process began
+    start: float
+    gflop: float
+
+
+def _write_settings(settings, command):
+    """Writes `sweep.json`: all arguments, the command and the version of etfzoo."""
+    root = files.make_directory(settings.root)
+    files.remove_temporaries(root)
+    document = dataclasses.asdict(settings)
+    del document["root"]
+    document |= {"command": command, "version": __version__}
+    files.write_text(root / "sweep.json", json.dumps(document, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def lock(root):
+    """Keeps other sweeps out of a directory; yields the descriptor of the lock.
+
+    The processes of the cells inherit it, so that a sweep that was killed is over only when they
+    are.
+
+    Raises:
+        EtfzooError: another sweep runs there.
+    """
+    if fcntl is None:
+        yield None
+        return
+    path = files.make_directory(root) / ".lock"
+    try:
+        file = open(path, "a+")  # noqa: SIM115
+    except OSError as error:
+        raise EtfzooError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        deadline = time.monotonic() + _ORPHANS
+        said = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip()
+                if _alive(holder) or time.monotonic() > deadline:
+                    raise EtfzooError(
+                        f"another sweep (process {holder or 'unknown'}) runs in {root}; wait for "
+                        "it or choose another --workdir"
+                    ) from None
+                if not said:
+                    print("waiting for the cells of a killed sweep to save and end", flush=True)
+                said = True
+                time.sleep(0.5)
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield file.fileno()
+
+
+def _alive(pid):
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def run(settings: sweep.Sweep, command: str, jobs: int = 1, gpus: int = 0) -> list[str]:
+    """Runs all cells that are not finished, after writing `sweep.json`.
+
+    A cell that fails is told in one line, those that need it are left out, the others go on.
+
+    Args:
+        settings: the sweep.
+        command: that started it, for the report.
+        jobs: processes at a time; they share the CPU cores.
+        gpus: number of GPUs that they are spread over.
+
+    Returns:
+        a line for each cell that is not finished at the end.
+
+    Raises:
+        EtfzooError: bad settings, missing data, or another sweep in the same directory.
+        Stopped: SIGTERM or SIGINT arrived; running cells were told to save, and have ended.
+    """
+    with lock(settings.root) as held:
+        cells = sweep.cells(settings)
+        states = {cell: sweep.state(cell) for cell in cells}
+        open_cells = [cell for cell in cells if states[cell] != sweep.FINISHED]
+        _write_settings(settings, command)
+        # Before the first cell, and not by several of them at a time; a signal ends it at once.
+        for name in dict.fromkeys(cell.config.dataset for cell in open_cells):
+            resolve(name, settings.data_dir)
+        with StopRequest() as stop:
+            return _Runner(settings, cells, open_cells, jobs, gpus, held, stop).run()
+
+
+class _Runner:
+    def __init__(self, settings, cells, open_cells, jobs, gpus, held, stop):
+        self.root, self.cells, self.held, self.stop = Path(settings.root), cells, held, stop
+        self.waiting, self.jobs, self.gpus = list(open_cells), jobs, gpus
+        self.running, self.failed = [], {}
+        self.walls = {}
+        self.start = time.monotonic()
+
+    def run(self):
+        finished = len(self.cells) - len(self.waiting)
+        print(
+            f"{len(self.cells)} cells, {finished} finished; output of each: {self.root}/logs",
+            flush=True,
+        )
+        files.make_directory(self.root / "logs")
+        while (self.waiting or self.running) and not self.stop.requested:
+            self._start_ready()
+            self._collect()
+            time.sleep(0.1)
+        if self.stop.requested:
+            self._end()
+        return [f"{cell.name}: {reason}" for cell, reason in self.failed.items()]
+
+    def _start_ready(self):
+        free = sorted(set(range(self.jobs)) - {r.slot for r in self.running})
+        busy = {r.cell for r in self.running} | set(self.waiting)
+        for cell in list(self.waiting):
+            lost = [need.name for need in cell.needs if need in self.failed]
+            if lost:
+                self.waiting.remove(cell)
+                self.failed[cell] = f"left out: it needs {lost[0]}"
+                busy.discard(cell)
+            elif free and not any(need in busy for need in cell.needs):
+                self.waiting.remove(cell)
+                busy.add(cell)
+                begun = _begun(cell)
+                self.running.append(self._launch(cell, free.pop(0)))
+                self._say(f"{cell.name}: {'goes on' if begun else 'starts'}")
+
+    def _launch(self, cell, slot):
+        log = self.root / "logs" / (cell.name.replace("/", "_") + ".log")
+        command = [sys.executable, str(_RECIPES / cell.recipe), *cell.arguments()]
+        gflop = sweep.remaining_gflop(cell)
+        with open(log, "ab") as output:
+            offset = output.tell()
+            output.write((shlex.join(command) + "\n").encode())
+            output.flush()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _environment(slot, self.jobs, self.gpus),
+                pass_fds=() if self.held is None else (self.held,),
+                start_new_session=True,  # Ctrl-C arrives here alone, and is handed on once
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        return _Running(cell, slot, process, log, offset, time.monotonic(), gflop)
+
+    def _collect(self):
+        for run in list(self.running):
+            code = run.process.poll()
+            if code is None:
+                continue
+            self.running.remove(run)
+            seconds = time.monotonic() - run.start
+            path = run.cell.workdir / "result.json"
+            if code == 0 and path.exists():
+                before = self.walls.get(sweep.kind(run.cell), (0.0, 0.0))
+                self.walls[sweep.kind(run.cell)] = (before[0] + run.gflop, before[1] + seconds)
+                top1 = files.read_json(path)["top1"]
+                self._say(f"{run.cell.name}: top-1 {100 * top1:.2f} % after {clock(seconds)}")
+            elif not self.stop.requested:
+                self.failed[run.cell] = _reason(run, code)
+                self._say(f"{run.cell.name}: FAILED: {self.failed[run.cell]}")
+
+    def _end(self):
+        print("stopping: the running cells save and end", flush=True)
+        for run in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                run.process.send_signal(signal.SIGTERM)
+        for run in self.running:
+            run.process.wait()
+        print("stopped by a signal; run the same command to go on", flush=True)
+        raise Stopped
+
+    def _say(self, text):
+        ended = len(self.cells) - len(self.waiting) - len(self.running)
+        elapsed = time.monotonic() - self.start
+        print(
+            f"[{ended}/{len(self.cells)} {clock(elapsed)} elapsed, {self._to_go()}] {text}",
+            flush=True,
+        )
+
+    def _to_go(self):
+        """From what cells of the same kind took in this call, else from what was measured."""
+        speeds, seconds, unknown = None, 0.0, False
+        left = [(cell, sweep.remaining_gflop(cell)) for cell in self.waiting]
+        now = time.monotonic()
+        for run in self.running:
+            left.append((run.cell, run.gflop))
+            seconds -= now - run.start
+        for cell, gflop in left:
+            if sweep.kind(cell) in self.walls:
+                done, wall = self.walls[sweep.kind(cell)]
+                seconds += gflop * wall / max(done, 1e-9)
+                continue
+            speeds = sweep.measured_speeds(self.cells) if speeds is None else speeds
+            speed = sweep.speed(cell, speeds)
+            seconds, unknown = seconds + (gflop / speed if speed else 0), unknown or not speed
+        if unknown:
+            return "time to go not measured yet"
+        return f"about {clock(max(seconds, 0) / self.jobs)} to go"
+
+
+def _begun(cell):
+    return (cell.workdir / "config.json").exists() or (cell.workdir / "select").exists()
+
+
+def _reason(run, code):
+    with open(run.log, "rb") as file:
+        file.seek(run.offset)
+        lines = file.read().decode(errors="replace").splitlines()[1:]
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    if code == EXIT_STOPPED:
+        return "stopped by a signal"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+    last = (errors or lines or ["no output"])[-1].removeprefix("error: ")
+    return f"{last} (exit code {code}, {run.log})"
+
+
+def _environment(slot, jobs, gpus):
+    """Its share of the machine, for a process."""
+    if jobs == 1:
+        return {}
+    environment = {}
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+        environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
+        environment["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = str(max(1, cores // jobs))
+    names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+    return environment | dict.fromkeys(names, share)
+
+
+def _end_with_parent():
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save and end, if it is killed
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a short text, e.g. `4 min`, `2 h 5 min`, `3 d 4 h`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

@@ -1,0 +1,388 @@
+"""The sweep of Table 1: backbones x methods x targets x seeds, each cell a workdir of its own.
+
+`<root>/source/<backbone>_<method>_s<seed>` holds a pretraining,
+`<root>/<target>/<backbone>_<method>_s<seed>/<mode>` what it is worth on a target.
+`etfzoo.experiments.runner` runs the cells, `etfzoo.experiments.report` makes tables of them.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from pathlib import Path
+
+from etfzoo import files
+from etfzoo.data.datasets import DATASETS
+from etfzoo.data.sources import resolve
+from etfzoo.errors import EtfzooError, unknown
+from etfzoo.models.backbones import BACKBONES, forward_gflop
+from etfzoo.runtime import hardware
+from etfzoo.training import protocols, search
+from etfzoo.training.config import TrainConfig
+
+METHODS = {
+    "linear": {"head": "linear", "norm": "bn"},
+    "sw": {"head": "linear", "norm": "sw"},
+    "etf": {"head": "etf", "norm": "bn"},
+}
+TARGETS = (
+    "cifar100", "cifar10", "stl10", "svhn_cropped", "oxford_iiit_pet", "oxford_flowers102", "dtd",
+)  # fmt: skip
+MODES = ("full", "linear_probe", "knn")
+FINISHED, RESUMABLE, TO_DO = "finished", "resumable", "to do"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is swept over, and under which settings; each setting counts for every method.
+
+    Attributes:
+        root: directory of the sweep.
+        source: data set of the pretraining.
+        backbones, methods, targets, seeds, modes: the table; a target's seed is its pretraining's.
+        protocol: a row of `etfzoo.training.protocols.PROTOCOLS`.
+        data_dir: TFDS data directory; None is TFDS's default.
+        learning_rates: grid of the fine-tuning, widened where the best lies at its edge; empty is
+            a third, once and three times the protocol's rate. One value is taken as it is.
+        source_learning_rates: grid of the pretraining; empty is the protocol's rate, one value is
+            taken as it is. Several are searched, for each method with the first backbone and the
+            first seed, and what is picked is taken for the other backbones and seeds.
+        source_search_epochs: of each candidate of the pretraining; None is all epochs.
+        epochs, batch_size, finetune_epochs, finetune_batch_size, image_size, eval_every,
+            mixed_precision: as in TrainConfig; None is the protocol's or the default.
+    """
+
+    root: str
+    source: str = "imagenet2012"
+    backbones: tuple[str, ...] = ("rn50", "rn101")
+    methods: tuple[str, ...] = tuple(METHODS)
+    targets: tuple[str, ...] = TARGETS
+    seeds: tuple[int, ...] = (0,)
+    modes: tuple[str, ...] = MODES
+    protocol: str = "paper_lowres"
+    data_dir: str | None = None
+    learning_rates: tuple[float, ...] = ()
+    source_learning_rates: tuple[float, ...] = ()
+    source_search_epochs: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    finetune_epochs: int | None = None
+    finetune_batch_size: int | None = None
+    image_size: int | None = None
+    eval_every: int | None = None
+    mixed_precision: str | None = None
+
+    def __post_init__(self):
+        for name, kind, choices in (
+            ("backbones", "backbone", BACKBONES),
+            ("methods", "method", METHODS),
+            ("modes", "mode", MODES),
+            ("targets", "target", None),
+            ("seeds", "seed", None),
+        ):
+            values = tuple(dict.fromkeys(getattr(self, name)))
+            if not values:
+                raise EtfzooError(f"the sweep has no {kind}; pass --{name}")
+            for value in values:
+                if choices is not None and value not in choices:
+                    raise unknown(kind, value, choices)
+            object.__setattr__(self, name, values)
+        middle = protocols.get_protocol(self.protocol).finetune["learning_rate"]
+        rates = self.learning_rates or (float(f"{middle * x:.1g}") for x in (1 / 3, 1, 3))
+        object.__setattr__(self, "learning_rates", tuple(dict.fromkeys(rates)))
+        rates = tuple(dict.fromkeys(self.source_learning_rates))
+        object.__setattr__(self, "source_learning_rates", rates)
+        for name in ("learning_rates", "source_learning_rates"):
+            if not all(0 < rate < math.inf for rate in getattr(self, name)):
+                raise EtfzooError(f"{name} must be positive; got {_text(getattr(self, name))}")
+        if self.source_search_epochs is not None and self.source_search_epochs < 1:
+            raise EtfzooError("source_search_epochs must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One pretraining, or one way to use it on one target.
+
+    Attributes:
+        mode: `pretrain`, `full`, `linear_probe` or `knn`.
+        config: what is trained; with several `rates` the learning rate is one of them.
+        method, rates: of the pretraining; learning rates that are searched.
+        search_epochs: of each candidate.
+        flags: of the recipe, by name.
+        needs: cells that must be finished before.
+        rate_of: the cell whose search tells the learning rate.
+    """
+
+    mode: str
+    workdir: Path
+    config: TrainConfig
+    method: str
+    flags: dict = dataclasses.field(compare=False, repr=False)
+    rates: tuple[float, ...] = ()
+    search_epochs: int | None = None
+    needs: tuple["Cell", ...] = ()
+    rate_of: "Cell | None" = None
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.workdir.parts[-2 if self.mode == "pretrain" else -3 :])
+
+    @property
+    def recipe(self) -> str:
+        return "pretrain.py" if self.mode == "pretrain" else "finetune.py"
+
+    def arguments(self) -> list[str]:
+        """Flags of the recipe that runs this cell."""
+        flags = dict(self.flags)
+        if self.rate_of is not None:
+            rate = picked_rate(self.rate_of)
+            flags["learning_rate"] = f"(as picked in {self.rate_of.name})" if rate is None else rate
+        return [f"--{k}" if v is True else f"--{k}={_text(v)}" for k, v in flags.items()]
+
+    def runs(self) -> list[tuple[Path, TrainConfig]]:
+        """Workdir and configuration of each training, candidates first; none for frozen modes."""
+        if self.mode in ("linear_probe", "knn"):
+            return []
+        candidates = []
+        for rate in self.rates if len(self.rates) > 1 else ():
+            candidate = dataclasses.replace(self.config, learning_rate=rate)
+            trial = search.trial(candidate, self.search_epochs)
+            candidates.append((search.folder(self.workdir, candidate), trial))
+        return [*candidates, (self.workdir, self.config)]
+
+
+def _text(value):
+    if isinstance(value, list | tuple):
+        return ",".join(map(_text, value))
+    return str(value)
+
+
+def cells(sweep: Sweep) -> list[Cell]:
+    """All cells, each after those that it needs.
+
+    Raises:
+        EtfzooError: a name or a setting that cannot be.
+    """
+    for name in (sweep.source, *sweep.targets):
+        if name not in DATASETS:
+            resolve(name, sweep.data_dir)
+    sources = {}
+    for method in sweep.methods:
+        first = None
+        for backbone in sweep.backbones:
+            for seed in sweep.seeds:
+                cell = _source_cell(sweep, backbone, method, seed, first)
+                first = first or cell
+                sources[backbone, method, seed] = cell
+    pretrained = [
+        sources[backbone, method, seed]
+        for seed in sweep.seeds
+        for backbone in sweep.backbones
+        for method in sweep.methods
+    ]
+    return pretrained + [
+        _target_cell(sweep, source, target, mode)
+        for source in pretrained
+        for target in sweep.targets
+        for mode in sweep.modes
+    ]
+
+
+def _folder(dataset):
+    return dataset.replace(":", "_").replace("/", "_")
+
+
+def _settings(sweep, task, dataset, backbone, own):
+    """Fields of TrainConfig, and the flags that give them."""
+    names = ("data_dir", "image_size", "eval_every", "mixed_precision")
+    common = {name: getattr(sweep, name) for name in names}
+    given = {k: v for k, v in (common | own).items() if v is not None}
+    defaults = protocols.settings(sweep.protocol, task, backbone, DATASETS.get(dataset))
+    flags = {"dataset": dataset, "protocol": sweep.protocol} | given
+    return defaults | {"dataset": dataset} | given, flags
+
+
+def _source_cell(sweep, backbone, method, seed, first):
+    own = {"backbone": backbone, **METHODS[method], "seed": seed}
+    own |= {"epochs": sweep.epochs, "batch_size": sweep.batch_size}
+    fields, flags = _settings(sweep, "pretrain", sweep.source, backbone, own)
+    fields["neural_collapse_every"] = flags["neural_collapse_every"] = fields["epochs"]
+    rates, needs, rate_of, epochs = sweep.source_learning_rates, (), None, None
+    if rates:
+        fields["learning_rate"] = rates[0]
+        flags["learning_rate"] = rates
+    if len(rates) > 1 and first is None:
+        flags["widen"], epochs = True, sweep.source_search_epochs
+        flags |= {"search_epochs": epochs} if epochs else {}
+    elif len(rates) > 1:
+        needs, rate_of, rates = (first,), first, ()
+        fields["learning_rate"] = picked_rate(first) or fields["learning_rate"]
+    workdir = Path(sweep.root) / "source" / f"{backbone}_{method}_s{seed}"
+    flags["workdir"] = workdir
+    config = TrainConfig(**fields)
+    return Cell("pretrain", workdir, config, method, flags, rates, epochs, needs, rate_of)
+
+
+def _target_cell(sweep, source, target, mode):
+    own = {"seed": source.config.seed}
+    own |= {"epochs": sweep.finetune_epochs, "batch_size": sweep.finetune_batch_size}
+    start = source.config
+    fields, flags = _settings(sweep, "finetune", target, start.backbone, own)
+    fields |= {"init": str(source.workdir.absolute()), "head": "linear"}
+    fields |= {name: getattr(start, name) for name in ("backbone", "norm", "mean", "std")}
+    flags = {"model": source.workdir, "mode": mode} | flags
+    rates = ()
+    if mode == "full":
+        rates = sweep.learning_rates
+        fields["learning_rate"], flags["learning_rate"] = rates[0], rates
+        flags |= {"widen": True} if len(rates) > 1 else {}
+    else:
+        flags["feature_cache"] = Path(sweep.root) / "features"
+    workdir = Path(sweep.root) / _folder(target) / source.workdir.name / mode
+    flags["workdir"] = workdir
+    config = TrainConfig(**fields)
+    return Cell(mode, workdir, config, source.method, flags, rates, needs=(source,))
+
+
+def picked_rate(cell: Cell) -> float | None:
+    """The learning rate that a cell's search picked; None before it is finished."""
+    if not (cell.workdir / "result.json").exists():
+        return None
+    return TrainConfig.load(cell.workdir / "config.json").learning_rate
+
+
+def state(cell: Cell) -> str:
+    """`FINISHED`, `RESUMABLE` or `TO_DO`.
+
+    Raises:
+        EtfzooError: the workdir holds a run with other settings or another search.
+    """
+    path = cell.workdir / "config.json"
+    if not path.exists():
+        return RESUMABLE if (cell.workdir / "select").exists() else TO_DO
+    there, here = TrainConfig.load(path), cell.config
+    finished = (cell.workdir / "result.json").exists()
+    if len(cell.rates) > 1 or (cell.rate_of is not None and picked_rate(cell.rate_of) is None):
+        here = dataclasses.replace(here, learning_rate=there.learning_rate)
+    if finished and there.init and Path(there.init).parts[-2:] == Path(here.init).parts[-2:]:
+        here = dataclasses.replace(here, init=there.init)  # the sweep may have been moved
+    differences = there.differences(here)
+    if len(cell.rates) > 1:
+        differences += _other_search(cell)
+    if differences:
+        raise EtfzooError(
+            f"{cell.workdir} holds a run with other settings ({'; '.join(differences[:4])}); "
+            "choose another --workdir or delete it"
+        )
+    return FINISHED if finished else RESUMABLE
+
+
+def _other_search(cell):
+    path = cell.workdir / search.SELECTION
+    rows = files.read_json(path) if path.exists() else []
+    tried = sorted({row["learning_rate"] for row in rows if not row.get("widened")})
+    if tried == sorted(cell.rates):
+        return []
+    return [f"learning rates {_text(tried) or 'not searched'} there, {_text(cell.rates)} here"]
+
+
+# What cells cost.
+
+
+@functools.cache
+def examples(dataset: str, role: str, data_dir: str | None = None) -> int:
+    """Number of examples of a role: those that are there, else those that the row states."""
+    row = DATASETS.get(dataset)
+    try:
+        return resolve(dataset, data_dir, prepare=False).size(role)
+    except EtfzooError:
+        if row is None:
+            raise
+    total = 0
+    for part in getattr(row, role).split("+"):
+        name, start, stop = re.fullmatch(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", part).groups()
+        count = row.counts[name]
+        total += round(count * int(stop or 100) / 100) - round(count * int(start or 0) / 100)
+    return total
+
+
+def steps(config: TrainConfig) -> int:
+    """Number of training steps of a run."""
+    size = examples(config.dataset, config.train_split, config.data_dir)
+    return config.epochs * (size // config.batch_size)
+
+
+def run_gflop(config: TrainConfig) -> float:
+    """Billions of operations of a training: 3 forward passes a trained image, 1 an evaluated."""
+    train, test = (
+        examples(config.dataset, split, config.data_dir)
+        for split in (config.train_split, config.eval_split)
+    )
+    seen = -(-config.epochs // config.eval_every) * test
+    if config.neural_collapse_every:
+        seen += -(-config.epochs // config.neural_collapse_every) * (train + test)
+    images = 3 * steps(config) * config.batch_size + seen
+    return images * forward_gflop(config.backbone, config.image_size)
+
+
+def _frozen_gflop(config):
+    roles = ("fit", "select", "train", "test")
+    images = sum(examples(config.dataset, role, config.data_dir) for role in roles)
+    return images * forward_gflop(config.backbone, config.image_size)
+
+
+def cell_gflop(cell: Cell) -> float:
+    """Billions of operations of a cell's network passes, without a widening of its search."""
+    if cell.mode in ("linear_probe", "knn"):
+        return _frozen_gflop(cell.config)
+    return sum(run_gflop(config) for _, config in cell.runs())
+
+
+def _done(workdir, config) -> float:
+    """Share of a training that is done: whole epochs."""
+    if (workdir / "result.json").exists():
+        return 1.0
+    rows = workdir / "metrics.jsonl"
+    epochs = len(rows.read_text().splitlines()) if rows.exists() else 0
+    return epochs / config.epochs
+
+
+def remaining_gflop(cell: Cell) -> float:
+    """Billions of operations that are left of a cell."""
+    if (cell.workdir / "result.json").exists():
+        return 0.0
+    runs = cell.runs()
+    if not runs:
+        return cell_gflop(cell)
+    return sum((1 - _done(path, config)) * run_gflop(config) for path, config in runs)
+
+
+def kind(cell: Cell) -> tuple:
+    """What cells must have in common to be equally fast, an operation."""
+    mode = cell.mode if not cell.runs() else "train"
+    return mode, cell.config.backbone, cell.config.norm, cell.config.image_size
+
+
+def measured_speeds(all_cells) -> dict[tuple, float]:
+    """GFLOP a second by `kind`, of whole and partial runs in the sweep's directory."""
+    totals = {}
+    for cell in all_cells:
+        runs = [(path, _done(path, c) * run_gflop(c)) for path, c in cell.runs()]
+        if not runs and (cell.workdir / "result.json").exists():
+            runs = [(cell.workdir, cell_gflop(cell))]
+        for path, gflop in runs:
+            seconds = hardware.read(path).get("seconds", 0)
+            if gflop and seconds:
+                before = totals.get(kind(cell), (0, 0))
+                totals[kind(cell)] = (before[0] + gflop, before[1] + seconds)
+    return {key: gflop / seconds for key, (gflop, seconds) in totals.items()}
+
+
+def speed(cell: Cell, speeds) -> float | None:
+    """GFLOP a second of a cell: measured for its kind, else for training, else with other norms."""
+    mode, backbone, norm, size = kind(cell)
+    for key in ((mode, backbone, norm, size), ("train", backbone, norm, size)):
+        if key in speeds:
+            return speeds[key]
+    others = [v for (m, b, _, s), v in speeds.items() if (m, b, s) == ("train", backbone, size)]
+    return min(others, default=None)

@@ -1,0 +1,1 @@
+"""Networks: KerasCV backbones, the classifier around them, their weights and checkpoints."""

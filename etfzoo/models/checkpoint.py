@@ -1,0 +1,200 @@
+"""Checkpoints: one file with weights, optimizer slots and the state of the loop.
+
+The file is NumPy's npz (arrays by variable path, each with a CRC) and holds the model's spec too,
+so that a workdir can be loaded without knowing how it was made.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from etfzoo import files
+from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.models import weights
+from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
+
+log = logging.getLogger("etfzoo")
+
+_MODEL, _TRAINED, _OPTIMIZER, _STATE = "model/", "trained/", "optimizer/", "state"
+_FORMAT = 1
+
+
+class CheckpointManager:
+    """The checkpoints of a workdir: the last few, and the best one.
+
+    Args:
+        workdir: the run's directory; checkpoints go to its subfolder `checkpoints`.
+        keep: number of latest checkpoints that are kept.
+        trained: the model that is trained, where the one that is saved and loaded is an average of
+            it; its weights are saved and restored beside the other's.
+    """
+
+    def __init__(self, workdir, keep: int = 2, trained=None):
+        self.directory = Path(workdir) / "checkpoints"
+        self.keep = keep
+        self.trained = trained
+
+    def paths(self) -> list[Path]:
+        """Checkpoints by step, latest first."""
+        return sorted(self.directory.glob("step-*.npz"), reverse=True)
+
+    @property
+    def best(self) -> Path:
+        return self.directory / "best.npz"
+
+    def save(
+        self, step: int, model, optimizer, state: dict, best: bool = False, write: bool = True
+    ) -> Path:
+        """Writes a checkpoint, then removes those that are too old.
+
+        Args:
+            step: global step, the name of the file.
+            model: the classifier.
+            optimizer: its optimizer; None for a model that was not trained by steps.
+            state: JSON-able state of the loop.
+            best: whether `best.npz` becomes this one.
+            write: whether this process writes; of several workers one does, and all find out that
+                the weights are not finite.
+
+        Raises:
+            TrainingDiverged: a weight is not finite; nothing is written.
+            EtfzooError: the file cannot be written; the earlier ones are kept.
+        """
+        arrays = {_MODEL + k: v for k, v in weights.as_arrays(model.variables).items()}
+        if self.trained is not None:
+            trained = weights.as_arrays(self.trained.variables)
+            arrays |= {_TRAINED + k: v for k, v in trained.items()}
+        for path, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise TrainingDiverged(f"weight {path.split('/', 1)[1]} is not finite")
+        path = self.directory / f"step-{step:010d}.npz"
+        if not write:
+            return path
+        slots = weights.as_arrays(optimizer.variables) if optimizer else {}
+        arrays |= {_OPTIMIZER + k: v for k, v in slots.items()}
+        document = {"format": _FORMAT, "spec": dataclasses.asdict(model.spec), **state}
+        arrays[_STATE] = np.frombuffer(json.dumps(document).encode(), np.uint8)
+        files.make_directory(self.directory)
+        with files.atomic(path) as file:
+            np.savez(file, **arrays)
+        if best:
+            self._link_best(path)
+        for old in self.paths()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def _link_best(self, path):
+        temporary = self.best.with_name(f".best.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            with files.atomic(self.best) as file:
+                file.write(path.read_bytes())
+            return
+        os.replace(temporary, self.best)
+
+    def restore(self, model, optimizer, tidy: bool = True) -> dict | None:
+        """Restores the latest readable checkpoint.
+
+        A damaged file is skipped with a warning and the one before it is taken.
+
+        Args:
+            model, optimizer: what takes the weights and slots.
+            tidy: whether what an interrupted save left behind is removed.
+
+        Returns:
+            the state of the loop, or None where there is no checkpoint.
+
+        Raises:
+            EtfzooError: there are checkpoints and none can be read, or one does not fit.
+        """
+        if not self.directory.is_dir():
+            return None
+        if tidy:
+            files.remove_temporaries(self.directory)
+        found = latest(self.paths())
+        if found is None:
+            return None
+        _, arrays, state = found
+        weights.assign(model.variables, _part(arrays, _MODEL), "the checkpoint's weights")
+        if self.trained is not None:
+            trained = _part(arrays, _TRAINED)
+            weights.assign(self.trained.variables, trained, "the checkpoint's weights in training")
+        weights.assign(optimizer.variables, _part(arrays, _OPTIMIZER), "the optimizer's slots")
+        return state
+
+
+def latest(paths) -> tuple[Path, dict, dict] | None:
+    """The first readable checkpoint of some paths: its path, arrays and state.
+
+    Raises:
+        EtfzooError: there are paths, and none can be read.
+    """
+    damaged = []
+    for path in paths:
+        try:
+            arrays, state = read(path)
+        except EtfzooError as error:
+            log.warning("%s; trying the checkpoint before it", error)
+            damaged.append(path)
+            continue
+        return path, arrays, state
+    if damaged:
+        raise EtfzooError(
+            f"no readable checkpoint in {damaged[0].parent}: all {len(damaged)} are damaged; "
+            "delete them to start again"
+        )
+    return None
+
+
+def read(path) -> tuple[dict[str, np.ndarray], dict]:
+    """Reads a checkpoint file; nothing in it is unpickled.
+
+    Returns:
+        arrays by prefixed path, and the state.
+
+    Raises:
+        EtfzooError: missing, truncated, damaged or of a later format.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        state = json.loads(arrays.pop(_STATE).tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise EtfzooError(f"checkpoint {path} is damaged ({error})") from error
+    if state.get("format") != _FORMAT:
+        raise EtfzooError(
+            f"checkpoint {path} has format {state.get('format')}, this etfzoo reads {_FORMAT}"
+        )
+    return arrays, state
+
+
+def is_workdir(path) -> bool:
+    """Whether a directory is the workdir of a training run."""
+    return (Path(path) / "checkpoints").is_dir()
+
+
+def load_model(workdir, best: bool = False) -> ImageClassifier:
+    """The classifier of a workdir, with the weights of its last (or best) checkpoint.
+
+    Raises:
+        EtfzooError: no checkpoint there, or none that can be read.
+    """
+    manager = CheckpointManager(workdir)
+    found = latest([manager.best] if best else manager.paths())
+    if found is None:
+        raise EtfzooError(f"no checkpoint in {workdir}; train into it first")
+    _, arrays, state = found
+    model = ImageClassifier(ClassifierSpec.from_dict(state["spec"]))
+    weights.assign(model.variables, _part(arrays, _MODEL), "the checkpoint's weights")
+    return model
+
+
+def _part(arrays, prefix):
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -1,0 +1,245 @@
+"""The image classifier: normalisation -> KerasCV ResNet -> global average pooling -> head."""
+
+import contextlib
+import dataclasses
+
+import keras
+
+from etfzoo.errors import EtfzooError, unknown
+from etfzoo.layers.etf_classifier import FEATURE_NORMS, ETFClassifier, full_precision
+from etfzoo.models import backbones, weights
+
+HEADS = ("etf", "linear")
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierSpec:
+    """All that rebuilds a classifier; travels with it in every file. See build_classifier."""
+
+    backbone: str
+    num_classes: int | None
+    head: str | None = "etf"
+    norm: str = "bn"
+    input_shape: tuple[int | None, int | None, int] = (224, 224, 3)
+    feature_norm: str = "none"
+    scale: float | None = None
+    seed: int = 0
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop: float = 0.875
+    class_names: tuple[str, ...] | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for field in ("input_shape", "mean", "std", "class_names"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, tuple(value))
+        if self.scale is None:
+            scale = 16.0 if self.feature_norm.endswith("l2") else 1.0
+            object.__setattr__(self, "scale", scale)
+        backbones.get_backbone(self.backbone)
+        if self.head is not None and self.head not in HEADS:
+            raise unknown("head", self.head, HEADS)
+        if self.head != "etf" and (self.feature_norm, self.scale) != ("none", 1.0):
+            raise EtfzooError("feature_norm and scale belong to the etf head")
+        if self.norm not in backbones.NORMS:
+            raise unknown("norm", self.norm, backbones.NORMS)
+        if self.feature_norm not in FEATURE_NORMS:
+            raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
+        if (
+            len(self.input_shape) != 3
+            or self.input_shape[-1] != 3
+            or not all(n is None or (isinstance(n, int) and n > 0) for n in self.input_shape)
+        ):
+            raise EtfzooError(f"input_shape must be (height, width, 3); got {self.input_shape}")
+        if not 0 < self.crop <= 1:
+            raise EtfzooError(f"crop must be in (0, 1]; got {self.crop}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+            raise EtfzooError(f"mean and std need 3 numbers each; got {self.mean} and {self.std}")
+        if self.head is not None and (self.num_classes is None or self.num_classes < 1):
+            raise EtfzooError(f"num_classes must be at least 1; got {self.num_classes}")
+        if not all(isinstance(name, str) for name in self.class_names or ()):
+            raise EtfzooError("class_names must be strings")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise EtfzooError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ClassifierSpec":
+        """The spec written by `dataclasses.asdict`, also after a trip through JSON.
+
+        Raises:
+            EtfzooError: unknown or missing fields (a file of another etfzoo version).
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        extra = sorted(values.keys() - known)
+        if extra or not {"backbone", "num_classes"} <= values.keys():
+            raise EtfzooError(
+                f"not a classifier of this etfzoo version (unknown fields: {extra or 'none'})"
+            )
+        return cls(**values)
+
+
+@keras.saving.register_keras_serializable(package="etfzoo")
+class ImageClassifier(keras.Model):
+    """A functional Keras model from images `[N, H, W, 3]`, RGB in 0..255, to logits `[N, K]`.
+
+    The normalisation is its first layer, so the pixels that it takes are the same everywhere.
+    Without a head (`head=None`) the output is the pooled features `[N, p]`.
+
+    Attributes:
+        spec: the ClassifierSpec that it was built from.
+        taps: KerasTensors by name: `stem`, `stage1` to `stage4`, `features`, `logits`.
+    """
+
+    def __init__(self, spec: ClassifierSpec, name=None):
+        with _dtype_policy(spec.dtype):
+            dtype = full_precision(keras.config.dtype_policy().compute_dtype)
+            images = keras.Input(spec.input_shape, name="images", dtype=dtype)
+            x = keras.layers.Rescaling(
+                [1.0 / s for s in spec.std],
+                [-m / s for m, s in zip(spec.mean, spec.std, strict=True)],
+                name="normalize",
+                dtype=dtype,
+            )(images)
+            x = backbones.apply_backbone(spec.backbone, x, spec.norm)
+            x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+            if spec.head == "etf":
+                x = ETFClassifier(
+                    spec.num_classes, spec.scale, spec.feature_norm, spec.seed, name="logits"
+                )(x)
+            elif spec.head == "linear":
+                x = keras.layers.Dense(spec.num_classes, name="logits", dtype=dtype)(x)
+        super().__init__(inputs=images, outputs=x, name=name or f"{spec.backbone}_{spec.head}")
+        self._spec = spec
+
+    @property
+    def spec(self) -> ClassifierSpec:
+        return self._spec
+
+    @property
+    def taps(self) -> dict[str, keras.KerasTensor]:
+        names = backbones.tap_layers(self.spec.backbone) | {"features": "features"}
+        if self.spec.head is not None:
+            names["logits"] = "logits"
+        return {tap: self.get_layer(layer).output for tap, layer in names.items()}
+
+    def at_size(self, height: int, width: int) -> keras.Model:
+        """The same layers with the same weights, on images of another size in pixels."""
+        if (height, width) == self.spec.input_shape[:2]:
+            return self
+        images = keras.Input((height, width, 3), name="images", dtype=self.inputs[0].dtype)
+        return backbones.rebuild(self, images, lambda layer: layer)
+
+    def get_config(self):
+        return {"spec": dataclasses.asdict(self.spec), "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(ClassifierSpec.from_dict(config["spec"]), name=config["name"])
+
+
+def build_classifier(
+    backbone: str,
+    num_classes: int | None,
+    head: str | None = "etf",
+    norm: str = "bn",
+    input_shape=(224, 224, 3),
+    *,
+    feature_norm: str = "none",
+    scale: float | None = None,
+    seed: int = 0,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    crop: float = 0.875,
+    class_names=None,
+    dtype: str | None = None,
+) -> ImageClassifier:
+    """Builds an untrained image classifier on a KerasCV ResNet.
+
+    Args:
+        backbone: `"rn18"`, `"rn34"`, `"rn50"` or `"rn101"`.
+        num_classes: K, or None with `head=None`.
+        head: `"etf"` (fixed simplex ETF), `"linear"` (trainable, with bias) or None (features).
+        norm: normalisation in the backbone: `"bn"`, or `"sw"` for Switchable Whitening at the
+            published places (see `etfzoo.models.backbones.whiten`) and batch norm elsewhere.
+        input_shape: `(height, width, 3)`; height and width may be None.
+        feature_norm: `"none"`, `"bn"`, `"l2"` or `"bn_l2"`; ETF head only.
+        scale: factor on the ETF head's logits; None means 16 on L2-normalised features, else 1.
+        seed: seed of the ETF. The other weights draw from Keras's global seed
+            (`keras.utils.set_random_seed`).
+        mean, std: per channel, on the 0..255 scale.
+        crop: share of the shorter side that evaluation keeps around the centre.
+        class_names: label names in the order of the logits, or None.
+        dtype: Keras dtype policy, e.g. `"mixed_bfloat16"`; None takes the global one.
+
+    Returns:
+        An ImageClassifier.
+
+    Raises:
+        EtfzooError: a name that is not known or shapes that do not fit.
+        ValueError: an ETF that does not exist (see `etfzoo.layers.ETFClassifier`).
+    """
+    return ImageClassifier(
+        ClassifierSpec(
+            backbone=backbone,
+            num_classes=num_classes,
+            head=head,
+            norm=norm,
+            input_shape=input_shape,
+            feature_norm=feature_norm,
+            scale=scale,
+            seed=seed,
+            mean=mean,
+            std=std,
+            crop=crop,
+            class_names=class_names,
+            dtype=dtype or keras.config.dtype_policy().name,
+        )
+    )
+
+
+def replace_head(
+    model: ImageClassifier, num_classes: int | None, head: str | None = "linear", **changes
+) -> ImageClassifier:
+    """A new classifier with this backbone's weights and a fresh head; `model` is left alone.
+
+    Args:
+        model: the classifier whose backbone is taken over.
+        num_classes: classes of the new head.
+        head: `"linear"`, `"etf"` or None (features).
+        **changes: other fields of ClassifierSpec that change, e.g. `input_shape`, `class_names`;
+            class names and feature normalisation are not taken over from the old head.
+    """
+    defaults = {"class_names": None, "feature_norm": "none", "scale": None}
+    changes = defaults | changes | {"num_classes": num_classes, "head": head}
+    spec = dataclasses.replace(model.spec, **changes)
+    fresh = ImageClassifier(spec)
+    weights.assign(fresh.variables, weights.as_arrays(model.variables), skip=is_head)
+    return fresh
+
+
+def is_head(path: str) -> bool:
+    """Whether a variable path belongs to the head."""
+    return path.startswith("logits/")
+
+
+def feature_model(model: ImageClassifier, taps=("features",)) -> keras.Model:
+    """A Keras model from images to a dict of the named taps (see ImageClassifier.taps)."""
+    for tap in taps:
+        if tap not in model.taps:
+            raise unknown("tap", tap, model.taps)
+    return keras.Model(model.input, {tap: model.taps[tap] for tap in taps}, name="features")
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str):
+    # KerasCV's constructor takes no dtype for its layers; they read the global policy.
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)

@@ -1,0 +1,77 @@
+"""What a training ran on and how long, for the model card."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+import tensorflow as tf
+
+from etfzoo import files
+from etfzoo.runtime.strategy import get_strategy, num_workers
+
+NAME = "machine.json"
+# Where a run reads and writes is nobody's business but its owner's.
+_PRIVATE = ("workdir", "data_dir")
+_ROOT = Path(__file__).absolute().parents[2]
+
+
+def describe(strategy=None) -> str:
+    """The devices that a strategy computes on, e.g. `2 x NVIDIA H100` or `AMD EPYC, 2 cores`."""
+    strategy = strategy or get_strategy("one_device")
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return f"TPU, {strategy.num_replicas_in_sync} cores"
+    if isinstance(strategy, tf.distribute.Strategy):
+        used = tf.config.get_visible_devices("GPU")[: strategy.num_replicas_in_sync]
+        names = [tf.config.experimental.get_device_details(g).get("device_name") for g in used]
+    else:
+        names = strategy.accelerators
+    text = ", ".join(f"{n} x {name or 'GPU'}" for name, n in Counter(names).items())
+    text = text or f"{_processor()}, {os.cpu_count()} cores"
+    workers = num_workers(strategy)
+    return f"{workers} machines with {text} each" if workers > 1 else text
+
+
+def read(workdir) -> dict:
+    """What `write` recorded: `hardware`, `seconds`, `command`; empty where nothing was."""
+    path = Path(workdir) / NAME
+    return files.read_json(path) if path.exists() else {}
+
+
+def write(workdir, seconds: float, strategy=None) -> None:
+    """Records the hardware of a run, the seconds that it took so far, and its command.
+
+    The command is that of the process that began it, without the places on this machine.
+    """
+    first = read(workdir).get("command")
+    document = {"hardware": describe(strategy), "seconds": round(seconds, 1)}
+    document["command"] = first or _command(sys.argv)
+    files.write_text(Path(workdir) / NAME, json.dumps(document, indent=2) + "\n")
+
+
+def _command(argv):
+    script = Path(argv[0]).absolute()
+    if script.is_relative_to(_ROOT / "recipes"):
+        script = script.relative_to(_ROOT)
+    else:
+        script = script.name
+    kept, skip = [], False
+    for argument in argv[1:]:
+        if skip:
+            skip = False
+        elif argument[:1] == "-" and argument.lstrip("-").partition("=")[0] in _PRIVATE:
+            skip = "=" not in argument
+        else:
+            kept.append(argument)
+    return shlex.join(["python", str(script), *kept])
+
+
+def _processor():
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()

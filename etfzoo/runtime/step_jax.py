@@ -1,0 +1,290 @@
+"""One training and one evaluation step on JAX, compiled once for all devices of a strategy."""
+
+import itertools
+
+import jax
+import keras
+import numpy as np
+from jax import numpy as jnp
+from keras import ops
+
+from etfzoo.data.pipeline import Share
+from etfzoo.errors import EtfzooError
+from etfzoo.runtime import losses
+from etfzoo.runtime.strategy import get_strategy
+
+_LARGE_VMEM = ("TPU v5 lite", "TPU v6 lite")  # chips with 128 MiB of vector memory
+_deterministic = False  # see set_determinism
+
+
+class Stepper:
+    """Training steps of a model; the arithmetic is that of `step_tf.Stepper`.
+
+    The step is a pure function of weights, slots and batch. Its inputs are donated: new weights
+    take the memory of the old ones. Between two calls the values are in the Keras variables.
+
+    Args:
+        model: the classifier.
+        optimizer: a Keras optimizer without weight decay, built; or one in a
+            keras.optimizers.LossScaleOptimizer.
+        strategy: an `etfzoo.runtime.strategy_jax.DataParallel`.
+        weight_decay: L2 coefficient on the variables that `losses.decayed` names.
+        label_smoothing: see `losses.cross_entropy`.
+        decay_all: whether L2 counts for all trainable variables.
+        jit_compile: of no effect, for XLA compiles all that JAX computes; the attribute is true.
+        average: an `etfzoo.runtime.averaging.WeightAverage` that follows the model; None is none.
+
+    Raises:
+        EtfzooError: a float64 model, which Keras would compute in float32.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        strategy,
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        decay_all=False,
+        jit_compile=None,
+        average=None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.strategy = strategy
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.average = average
+        self.jit_compile = True
+        self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
+        self._variables = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            optimizer.variables,
+            [*average.model.trainable_variables, *average.model.non_trainable_variables]
+            if average
+            else [],
+        )
+        _check_float64(model)
+        self._step = _compiled(self._pure_step, strategy, donate_argnums=0)
+
+    def train(self, batches, steps=1, stop=False):
+        """SGD steps on the next global batches of an iterator.
+
+        Args:
+            batches: iterator over what `distribute` returned.
+            steps: number of steps.
+            stop: this process's vote for stopping after these steps.
+
+        Returns:
+            JAX array `[4]`, float64 where JAX has it switched on, else float32: sum of losses,
+            number right, number of examples, and the votes of all steps.
+        """
+        state = _values(self._variables, self.strategy)
+        total = 0.0
+        try:
+            for _ in range(steps):
+                batch = _placed(next(batches), self.strategy)
+                state, sums = self._step(state, *batch, stop)
+                total = total + sums
+        finally:  # the old values are gone, also where a batch cannot be read
+            for variable, value in zip(sum(self._variables, []), sum(state, []), strict=True):
+                variable.assign(value)
+        return total
+
+    def compile_ahead(self, images_shape):
+        """The step compiled for the strategy's devices, which need not be there; nothing is run.
+
+        Args:
+            images_shape: of a global batch of uint8 images.
+
+        Returns:
+            a `jax.stages.Compiled`, which tells what memory it takes.
+        """
+
+        def shaped(shape, dtype, sharding):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        def shapes(variables):
+            return [shaped(v.shape, v.value.dtype, self.strategy.replicated) for v in variables]
+
+        state = tuple(shapes(variables) for variables in self._variables)
+        images = shaped(images_shape, "uint8", self.strategy.split)
+        labels = shaped(images_shape[:1], "int32", self.strategy.split)
+        traced = self._step.trace(state, images, labels, False)
+        return traced.lower(lowering_platforms=(self.strategy.devices[0].platform,)).compile()
+
+    def _pure_step(self, state, images, labels, stop):
+        trainable, others, slots, averages = state
+        with keras.StatelessScope(zip(self.optimizer.variables, slots, strict=True)):
+            scale = self.optimizer.scale_loss(1.0)
+
+        def loss(trainable):
+            logits, updated = self.model.stateless_call(trainable, others, images, training=True)
+            per_example = losses.cross_entropy(labels, logits, self.label_smoothing)
+            return scale * (ops.sum(per_example) / len(labels)), (updated, logits, per_example)
+
+        gradients, (others, logits, per_example) = jax.grad(loss, has_aux=True)(trainable)
+        if self.weight_decay:
+            gradients = [
+                g + ops.cast(scale * self.weight_decay, g.dtype) * ops.cast(w, g.dtype)
+                if decayed
+                else g
+                for g, w, decayed in zip(gradients, trainable, self._decayed, strict=True)
+            ]
+        trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
+        if self.average is not None:
+            with keras.StatelessScope(zip(self.optimizer.variables, slots, strict=True)):
+                rate = self.average.rate(self.optimizer.iterations)
+            averages = [
+                a + ops.cast(rate, a.dtype) * (w - a)
+                for a, w in zip(averages, [*trainable, *others], strict=True)
+            ]
+        right = ops.argmax(logits, axis=-1) == losses.label_classes(labels)
+        sums = [ops.sum(per_example), ops.sum(right), len(labels), stop]
+        state = list(trainable), list(others), list(slots), averages
+        return state, jnp.stack([jnp.asarray(s, float) for s in sums])
+
+
+def distribute(strategy, dataset_of):
+    """The batches of a data set on the devices of a strategy, one ahead of the one in use.
+
+    Args:
+        strategy: an `etfzoo.runtime.strategy_jax.DataParallel`.
+        dataset_of: `share -> tf.data.Dataset` of the batches of a share; called once, for all of
+            them, so that each batch is whole (see `Pipeline.evaluation`) and one shape is compiled.
+
+    Yields:
+        tuples of JAX arrays.
+    """
+    ahead = None
+    for batch in dataset_of(Share()).as_numpy_iterator():
+        batch = _placed(batch, strategy)  # returns before the copy is done
+        if ahead is not None:
+            yield ahead
+        ahead = batch
+    if ahead is not None:
+        yield ahead
+
+
+def repeated(strategy, *batch):
+    """Endless batches on a strategy's devices, all equal.
+
+    Args:
+        strategy: an `etfzoo.runtime.strategy_jax.DataParallel`.
+        *batch: arrays of a global batch.
+    """
+    return itertools.repeat(_placed(batch, strategy))
+
+
+def device_memory(strategy) -> int:
+    """Peak bytes that JAX took of a strategy's first device; 0 where it does not tell, as a CPU."""
+    return (strategy.devices[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def device_cache(pipeline, strategy):
+    """The batches of a pipeline made on the devices, see `etfzoo.runtime.device_cache`."""
+    from etfzoo.runtime.device_cache import DeviceCache  # few runs need it
+
+    return DeviceCache(pipeline, strategy)
+
+
+def evaluation_step(model, label_smoothing=0.0, strategy=None):
+    """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
+
+    Each is an array over the examples of the global batch. `in_top5` tells whether the label is
+    among the five highest logits (all, where K < 5).
+    """
+
+    def outcome(logits, labels):
+        top5 = ops.in_top_k(labels, ops.cast(logits, "float32"), k=min(5, logits.shape[-1]))
+        loss = losses.cross_entropy(labels, logits, label_smoothing)
+        return labels, ops.argmax(logits, axis=-1), top5, loss
+
+    return _inference(model, strategy, outcome)
+
+
+def feature_step(model, strategy=None):
+    """A function `(images, labels) -> (labels, features)` over the examples of the global batch.
+
+    Args:
+        model: a Keras model from images to features `[B, p]`, run in inference mode.
+        strategy: an `etfzoo.runtime.strategy_jax.DataParallel`; None is one device.
+    """
+    return _inference(
+        model, strategy, lambda features, labels: (labels, ops.cast(features, "float32"))
+    )
+
+
+def _inference(model, strategy, outcome):
+    strategy = strategy or get_strategy("one_device")
+    variables = (model.trainable_variables, model.non_trainable_variables)
+    _check_float64(model)
+
+    def run(values, images, labels):
+        outputs, _ = model.stateless_call(*values, images, training=False)
+        return outcome(outputs, labels)
+
+    run = _compiled(run, strategy)
+    return lambda *batch: run(_values(variables, strategy), *_placed(batch, strategy))
+
+
+def synchronize(model, value: bool) -> None:
+    """Statistics over all devices; under JAX there are no others.
+
+    Raises:
+        EtfzooError: `value` is False.
+    """
+    if not value:
+        raise EtfzooError(
+            "under JAX norms take their statistics over all devices: leave out "
+            "--nosynchronize_norms"
+        )
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Whether the steps that are built from now on repeat bit for bit on GPUs too."""
+    global _deterministic
+    _deterministic = deterministic
+
+
+def use_full_float32() -> None:
+    """Keeps float32 products at 24 bits on GPUs and TPUs, where JAX would round their factors.
+
+    The switch is JAX's and counts for the whole process; whitening needs it.
+    """
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _compiled(function, strategy, **options):
+    """The function, compiled; its results are on all devices."""
+    device = strategy.devices[0]
+    if _deterministic and device.platform == "gpu":
+        options["compiler_options"] = {"xla_gpu_deterministic_ops": True}
+    if device.device_kind in _LARGE_VMEM:
+        # With whitening, a copy of a ReLU's mask takes 19 MiB, and XLA stops at 16 unless told.
+        options["compiler_options"] = {"xla_tpu_scoped_vmem_limit_kib": 32 * 1024}
+    return jax.jit(function, out_shardings=strategy.replicated, **options)
+
+
+def _values(variables, strategy):
+    """Values of lists of Keras variables, on all devices."""
+    return tuple([_put(v.value, strategy.replicated) for v in some] for some in variables)
+
+
+def _placed(batch, strategy):
+    """A batch of arrays or TensorFlow tensors, split over all devices."""
+    return tuple(_put(values, strategy.split) for values in batch)
+
+
+def _put(value, sharding):
+    if isinstance(value, jax.Array):  # asked, because moving nothing takes time too
+        return value if value.sharding == sharding else jax.device_put(value, sharding)
+    return jax.device_put(np.asarray(value), sharding)
+
+
+def _check_float64(model):
+    # Keras on JAX rounds what it computes to float32, even where JAX has float64 switched on.
+    exact = jax.config.jax_enable_x64 and keras.backend.result_type("float64") == "float64"
+    if not exact and any(v.dtype == "float64" for v in model.variables):
+        raise EtfzooError("a float64 model needs KERAS_BACKEND=tensorflow: Keras has none on JAX")

@@ -1,0 +1,248 @@
+"""One training and one evaluation step on TensorFlow, for any tf.distribute strategy."""
+
+import tensorflow as tf
+from keras import ops
+
+from etfzoo.data.pipeline import Share
+from etfzoo.data.source import reading
+from etfzoo.errors import EtfzooError
+from etfzoo.runtime import losses
+
+
+class Stepper:
+    """Training and evaluation steps of a model; the part of training that knows the backend.
+
+    The L2 term is added to the gradient before momentum, as torch's SGD does it, whose recipes the
+    coefficients of the protocols are from (the paper names no framework); Keras's
+    SGD(weight_decay=) is decoupled from momentum and, at momentum 0.9, ten times weaker for the
+    same coefficient. Momentum is Keras's, with the rate of each gradient's own step inside the
+    velocity: torch applies the present rate to all of it, so that here an update lags behind a
+    changing rate, by momentum / (1 - momentum) steps on average.
+
+    Args:
+        model: the classifier, built under `strategy.scope()`.
+        optimizer: a Keras optimizer without weight decay, built under the same scope; or one in a
+            keras.optimizers.LossScaleOptimizer.
+        strategy: a tf.distribute strategy.
+        weight_decay: L2 coefficient on the variables that `losses.decayed` names.
+        label_smoothing: see `losses.cross_entropy`.
+        decay_all: whether L2 counts for all trainable variables.
+        jit_compile: whether XLA compiles the step; None where it pays and is known to work: on
+            one GPU.
+        average: an `etfzoo.runtime.averaging.WeightAverage` that follows the model; None is none.
+
+    Raises:
+        EtfzooError: jit_compile with several replicas.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        strategy,
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        decay_all=False,
+        jit_compile=None,
+        average=None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.strategy = strategy
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.average = average
+        self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
+        several = strategy.num_replicas_in_sync > 1
+        if jit_compile and several:
+            # Batch norm's and the optimizer's reductions leave the replica, which XLA cannot.
+            raise EtfzooError("jit_compile works with one replica only; leave it out")
+        if jit_compile is None:
+            jit_compile = not several and bool(tf.config.list_physical_devices("GPU"))
+        self.jit_compile = bool(jit_compile)
+        self._replica_step = self._replica_train
+        if jit_compile:
+            self._replica_step = tf.function(self._replica_train, jit_compile=True)
+        self._train = tf.function(self._distributed_train, reduce_retracing=True)
+
+    def train(self, batches, steps=1, stop=False):
+        """SGD steps on the next global batches of an iterator.
+
+        Args:
+            batches: iterator over what `distribute` returned: images, with labels or targets as
+                `losses.cross_entropy` takes them.
+            steps: number of steps, all in one call of the device.
+            stop: this process's vote for stopping after these steps.
+
+        Returns:
+            float64 tensor `[4]`: sum of losses, number right (of a target the class with the
+            largest share), number of examples, and the votes of all replicas of all steps.
+        """
+        return self._train(batches, tf.constant(stop), steps)
+
+    def _distributed_train(self, batches, stop, steps):
+        def one():
+            sums = self.strategy.run(self._replica_step, (*next(batches), stop))
+            if self.average is not None:
+                self.average.update(self.optimizer.iterations)
+            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+
+        sums = one()
+        if steps > 1:
+            for _ in tf.range(steps - 1):
+                sums += one()
+        return sums
+
+    def _replica_train(self, images, labels, stop):
+        replicas = self.strategy.num_replicas_in_sync
+        variables = self.model.trainable_variables
+        values = [v.value for v in variables]
+        with tf.GradientTape() as tape:
+            logits = self.model(images, training=True)
+            per_example = losses.cross_entropy(labels, logits, self.label_smoothing)
+            # Gradients are summed over replicas: divide by the global batch, not by this share.
+            size = ops.cast(ops.shape(labels)[0] * replicas, per_example.dtype)
+            loss = self.optimizer.scale_loss(ops.sum(per_example) / size)
+        gradients = tape.gradient(loss, values)
+        if self.weight_decay:
+            share = self.optimizer.scale_loss(self.weight_decay / replicas)
+            gradients = [
+                g + tf.cast(share, g.dtype) * tf.cast(w, g.dtype) if decayed else g
+                for g, w, decayed in zip(gradients, values, self._decayed, strict=True)
+            ]
+        self.optimizer.apply(gradients, variables)
+        right = ops.argmax(logits, axis=-1) == ops.cast(losses.label_classes(labels), "int32")
+        sums = [ops.sum(per_example), ops.sum(ops.cast(right, "float32")), ops.shape(labels)[0]]
+        return tf.stack([tf.cast(s, tf.float64) for s in (*sums, stop)])
+
+
+def distribute(strategy, dataset_of):
+    """A data set as a strategy takes it.
+
+    Args:
+        strategy: a tf.distribute strategy.
+        dataset_of: `share -> tf.data.Dataset` of the batches of one replica; called once for each
+            input pipeline, with None where there is one replica.
+    """
+    if strategy.num_replicas_in_sync == 1:
+        return dataset_of(None)
+    # Not experimental_distribute_dataset: its sharding decodes everything everywhere.
+    return strategy.distribute_datasets_from_function(
+        lambda context: dataset_of(
+            Share(
+                context.input_pipeline_id,
+                context.num_input_pipelines,
+                context.num_replicas_in_sync,
+            )
+        )
+    )
+
+
+def repeated(strategy, *batch):
+    """Endless batches on a strategy's devices, all equal: to each replica the same share of one.
+
+    Args:
+        strategy: a tf.distribute strategy.
+        *batch: arrays of a global batch.
+    """
+    size = len(batch[0]) // strategy.num_replicas_in_sync
+    share = tuple(tf.constant(values[:size]) for values in batch)
+    data = tf.data.Dataset.from_tensors(share).repeat().with_options(reading())
+    return iter(distribute(strategy, lambda _: data))
+
+
+def device_memory(strategy) -> int:
+    """Peak bytes that TensorFlow took of the first GPU; 0 where it computes elsewhere."""
+    if not tf.config.list_logical_devices("GPU"):
+        return 0
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
+def device_cache(pipeline, strategy):
+    """Raises EtfzooError: batches are made on the device under JAX only."""
+    raise EtfzooError("--cache=device needs KERAS_BACKEND=jax; leave it out under TensorFlow")
+
+
+def evaluation_step(model, label_smoothing=0.0, strategy=None):
+    """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
+
+    Each is a tensor over the examples of the global batch. `in_top5` tells whether the label is
+    among the five highest logits (all, where K < 5).
+    """
+    strategy = strategy or tf.distribute.get_strategy()
+
+    def replica(images, labels):
+        logits = model(images, training=False)
+        top5 = tf.math.in_top_k(labels, tf.cast(logits, tf.float32), k=min(5, logits.shape[-1]))
+        loss = losses.cross_entropy(labels, logits, label_smoothing)
+        return labels, ops.argmax(logits, axis=-1), top5, loss
+
+    if strategy.num_replicas_in_sync == 1:
+        return tf.function(replica, reduce_retracing=True)
+
+    def replica_table(images, labels):
+        # One table of numbers of one kind, because each tensor that is gathered is a collective.
+        return tf.stack([tf.cast(v, tf.float64) for v in replica(images, labels)], axis=1)
+
+    @tf.function(reduce_retracing=True)
+    def run(images, labels):
+        return strategy.run(replica_table, (images, labels))
+
+    def step(images, labels):
+        table = strategy.gather(run(images, labels), axis=0)
+        labels, predicted, top5, loss = tf.unstack(table, axis=1)
+        return tf.cast(labels, tf.int32), tf.cast(predicted, tf.int32), top5 > 0, loss
+
+    return step
+
+
+def feature_step(model, strategy=None):
+    """A function `(images, labels) -> (labels, features)` over the examples of the global batch.
+
+    Args:
+        model: a Keras model from images to features `[B, p]`, run in inference mode.
+        strategy: a tf.distribute strategy; None is one device.
+    """
+    strategy = strategy or tf.distribute.get_strategy()
+
+    def replica(images, labels):
+        return labels, tf.cast(model(images, training=False), tf.float32)
+
+    if strategy.num_replicas_in_sync == 1:
+        return tf.function(replica, reduce_retracing=True)
+
+    def replica_table(images, labels):
+        # One tensor that is gathered is one collective; float32 holds labels up to 2^24.
+        labels, features = replica(images, labels)
+        return tf.concat([tf.cast(labels, tf.float32)[:, None], features], axis=1)
+
+    @tf.function(reduce_retracing=True)
+    def run(images, labels):
+        return strategy.run(replica_table, (images, labels))
+
+    def step(images, labels):
+        table = strategy.gather(run(images, labels), axis=0)
+        return tf.cast(table[:, 0], tf.int32), table[:, 1:]
+
+    return step
+
+
+def synchronize(model, value: bool) -> None:
+    """Switches statistics over all replicas on or off in every layer that can; before tracing."""
+    for layer in model.layers:
+        if hasattr(layer, "synchronized"):
+            layer.synchronized = value
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Makes TensorFlow's ops repeat bit for bit; cannot be undone in this process."""
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+
+
+def use_full_float32() -> None:
+    """Keeps float32 products at 24 bits on GPUs, where TensorFlow would round them to TF32.
+
+    The switch is TensorFlow's and counts for the whole process; whitening needs it.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(False)

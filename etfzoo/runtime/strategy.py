@@ -1,0 +1,341 @@
+"""Where a run computes: tf.distribute strategies by name, and what workers must agree on."""
+
+import contextlib
+import errno
+import functools
+import glob
+import json
+import logging
+import os
+import signal
+import socket
+import time
+import zlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
+
+from etfzoo.errors import EtfzooError, unknown
+
+log = logging.getLogger("etfzoo")
+
+STRATEGIES = ("auto", "one_device", "mirrored", "multiworker", "tpu")
+
+_SLURM_PORT = 8888  # of the first task of a machine
+_MULTIWORKER_HELP = (
+    "set TF_CONFIG on each worker, as in "
+    '\'{"cluster": {"worker": ["host0:12345", "host1:12345"]}, '
+    '"task": {"type": "worker", "index": 0}}\', or start the workers with srun'
+)
+
+
+@functools.cache
+def get_strategy(
+    name: str = "auto", tpu: str | None = None, num_virtual_devices: int | None = None
+) -> tf.distribute.Strategy:
+    """The strategy of that name; the same object when asked again.
+
+    To be called before TensorFlow computes anything. Under KERAS_BACKEND=jax the result is an
+    `etfzoo.runtime.strategy_jax.DataParallel`, which has what is used of a tf.distribute strategy
+    here.
+
+    Args:
+        name: `"one_device"` (the first GPU, else the CPU), `"mirrored"` (all GPUs of this
+            machine), `"multiworker"` (the machines of TF_CONFIG, or of a Slurm job step),
+            `"tpu"`, or `"auto"` (a TPU where TensorFlow sees one, else several GPUs, else one
+            device; see `best_here`).
+        tpu: name or grpc address of the TPU; None or `"local"` is the one in this machine.
+        num_virtual_devices: for `"mirrored"`: split the CPU in so many devices, to try it out.
+
+    Raises:
+        EtfzooError: unknown name, a machine that does not have it, or a TF_CONFIG that cannot be
+            used.
+    """
+    if name not in STRATEGIES:
+        raise unknown("strategy", name, STRATEGIES)
+    if num_virtual_devices is not None and name != "mirrored":
+        raise EtfzooError("--num_virtual_devices goes with --strategy=mirrored")
+    if _on_jax():
+        from etfzoo.runtime import strategy_jax
+
+        return strategy_jax.get_strategy(name, tpu, num_virtual_devices)
+    if name == "auto":
+        name = best_here(tpu)
+    if name == "tpu":
+        return _tpu_strategy(tpu)
+    if name == "multiworker":
+        return _multiworker_strategy()
+    if name == "mirrored":
+        return _mirrored_strategy(num_virtual_devices)
+    return tf.distribute.get_strategy()
+
+
+def best_here(tpu: str | None = None) -> str:
+    """The name of the strategy that `auto` stands for."""
+    if _on_jax():
+        from etfzoo.runtime import strategy_jax
+
+        return strategy_jax.best_here()
+    if tpu or _local_tpu():
+        return "tpu"
+    return "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
+
+
+def num_workers(strategy) -> int:
+    """Number of processes that train together."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 1
+    cluster = strategy.cluster_resolver.cluster_spec()
+    return sum(len(cluster.job_tasks(job)) for job in cluster.jobs)
+
+
+def is_chief(strategy) -> bool:
+    """Whether this process is the one that writes files and shows progress."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    resolver = strategy.cluster_resolver
+    if "chief" in resolver.cluster_spec().jobs:
+        return resolver.task_type == "chief"
+    return resolver.task_id == 0
+
+
+def check_batch_size(batch_size: int, strategy) -> None:
+    """Raises EtfzooError when a global batch cannot be split evenly over the replicas."""
+    replicas = strategy.num_replicas_in_sync
+    if batch_size % replicas:
+        raise EtfzooError(
+            f"--batch_size={batch_size} is the batch of all {replicas} replicas together and must "
+            f"be a multiple of {replicas}"
+        )
+
+
+def check_agreement(strategy, values: dict) -> None:
+    """Compares values over all workers.
+
+    Args:
+        strategy: the strategy of all workers.
+        values: JSON values by name; the names are the same on all workers.
+
+    Raises:
+        EtfzooError: on every worker, naming the values in which they differ.
+    """
+    if num_workers(strategy) == 1:
+        return
+    hashes = [zlib.crc32(json.dumps(v, sort_keys=True).encode()) for v in values.values()]
+    largest, smallest = (
+        strategy.run(_largest_over_replicas, (tf.constant(sign * np.array(hashes), tf.int64),))
+        for sign in (1, -1)
+    )
+    largest, smallest = (strategy.experimental_local_results(v)[0] for v in (largest, smallest))
+    differ = [
+        f"{name} (here {values[name]!r})"
+        for name, high, low in zip(values, largest.numpy(), -smallest.numpy(), strict=True)
+        if high != low
+    ]
+    if differ:
+        raise EtfzooError(
+            f"the workers disagree on {', '.join(differ)}: start all with one command"
+        )
+
+
+def wait_for_all(strategy) -> None:
+    """Returns when every worker has called it."""
+    check_agreement(strategy, {"barrier": 0})
+
+
+def chief_first(strategy, work):
+    """`work()` at the chief, then at the other workers: what makes files is done once."""
+    result = work() if is_chief(strategy) else None
+    wait_for_all(strategy)
+    return result if is_chief(strategy) else work()
+
+
+@tf.function
+def _largest_over_replicas(values):
+    # Collectives sum; a row a replica makes the largest one of them.
+    context = tf.distribute.get_replica_context()
+    row = tf.one_hot(context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.int64)
+    rows = context.all_reduce(tf.distribute.ReduceOp.SUM, row[:, None] * values)
+    return tf.reduce_max(rows, axis=0)
+
+
+def _on_jax() -> bool:
+    return keras.backend.backend() == "jax"
+
+
+def _mirrored_strategy(num_virtual_devices):
+    if num_virtual_devices is None:
+        gpus = tf.config.list_logical_devices("GPU")
+        if not gpus:
+            raise EtfzooError(
+                "no GPU found for --strategy=mirrored; try it out on CPU devices with "
+                "--num_virtual_devices=2, or use --strategy=one_device"
+            )
+        return tf.distribute.MirroredStrategy([gpu.name for gpu in gpus])
+    if num_virtual_devices < 1:
+        raise EtfzooError(f"--num_virtual_devices must be at least 1; got {num_virtual_devices}")
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    virtual = [tf.config.LogicalDeviceConfiguration()] * num_virtual_devices
+    try:
+        tf.config.set_logical_device_configuration(cpu, virtual)
+    except RuntimeError as error:
+        raise EtfzooError(
+            "virtual devices must be made before TensorFlow computes anything; start a new process"
+        ) from error
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_virtual_devices)])
+
+
+def _multiworker_strategy():
+    if not os.environ.get("TF_CONFIG") and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["TF_CONFIG"] = _slurm_tf_config()
+    if not os.environ.get("TF_CONFIG"):
+        raise EtfzooError(f"--strategy=multiworker does not know the workers: {_MULTIWORKER_HELP}")
+    _check_port(_checked_tf_config(os.environ["TF_CONFIG"]))
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    _wait_for_chief(resolver)
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
+    except RuntimeError as error:
+        raise EtfzooError(
+            "the workers must be joined before TensorFlow computes anything; start a new process "
+            f"({_first_line(error)})"
+        ) from error
+    except (ValueError, tf.errors.OpError) as error:
+        raise EtfzooError(f"the workers cannot be joined: {_first_line(error)}") from error
+    # Joining takes SIGTERM out of Python's hands, and nobody would hear it until training begins.
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    return strategy
+
+
+def _wait_for_chief(resolver, every=20):
+    """Returns when the chief listens, or here is the chief.
+
+    TensorFlow would wait as well, but holding Python's lock: nothing could be said, and Ctrl-C
+    would not be heard. That is how the chief then waits for the others.
+    """
+    cluster = resolver.cluster_spec()
+    job = "chief" if "chief" in cluster.jobs else "worker"
+    here = (resolver.task_type, resolver.task_id)
+    if here == (job, 0):
+        log.info("%s %d waits until all have started: %s", *here, cluster.as_dict())
+        return
+    host, _, port = cluster.task_address(job, 0).rpartition(":")
+    start = told = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+        if (now := time.monotonic()) - told > every:
+            told = now
+            log.warning("%s %d has waited %.0f s for %s:%s", *here, now - start, host, port)
+
+
+def _slurm_tf_config() -> str:
+    """The TF_CONFIG of a task of a Slurm job step.
+
+    Not by TensorFlow's resolver: it sorts the hosts, so that node10 comes before node9 and takes
+    its rank, and hands out GPUs, which Slurm has done, and fails where there are none.
+    """
+    try:
+        hosts = slurm_cluster_resolver.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
+        counts = slurm_cluster_resolver.expand_tasks_per_node(
+            os.environ["SLURM_STEP_TASKS_PER_NODE"]
+        )
+        workers = [
+            f"{host}:{_SLURM_PORT + i}"
+            for host, count in zip(hosts, counts, strict=True)
+            for i in range(count)
+        ]
+        index = int(os.environ["SLURM_PROCID"])
+    except (KeyError, ValueError) as error:
+        raise EtfzooError(
+            f"the Slurm step cannot be read ({type(error).__name__}: {_first_line(error)}): start "
+            "the workers with srun, or set TF_CONFIG"
+        ) from error
+    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
+
+
+def _checked_tf_config(text) -> str:
+    """Address of this worker."""
+    try:
+        config = json.loads(text)
+        cluster, task = config["cluster"], config["task"]
+        kind, index = task["type"], int(task["index"])
+        jobs = {job: list(addresses) for job, addresses in cluster.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EtfzooError(
+            f"TF_CONFIG cannot be read ({type(error).__name__}: {error}); {_MULTIWORKER_HELP}"
+        ) from error
+    strange = sorted(jobs.keys() - {"worker", "chief"})
+    if strange or not jobs:
+        raise EtfzooError(
+            f"TF_CONFIG must name workers (and a chief, if you like), not {strange or 'nothing'}; "
+            f"{_MULTIWORKER_HELP}"
+        )
+    if kind not in jobs or not 0 <= index < len(jobs[kind]):
+        raise EtfzooError(
+            f"TF_CONFIG says that this is {kind} {index}, and its cluster has no such task; "
+            f"{_MULTIWORKER_HELP}"
+        )
+    addresses = [address for job in jobs.values() for address in job]
+    for address in addresses:
+        if not isinstance(address, str) or not address.rpartition(":")[2].isdigit():
+            raise EtfzooError(f"TF_CONFIG has {address!r} where host:port belongs")
+    if len(set(addresses)) != len(addresses):
+        raise EtfzooError("TF_CONFIG has the same address twice; give each worker its own port")
+    return jobs[kind][index]
+
+
+def _check_port(address) -> None:
+    """Raises EtfzooError when the port of this worker is taken."""
+    port = int(address.rpartition(":")[2])
+    for family, everywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((everywhere, port))
+        except PermissionError as error:
+            raise EtfzooError(f"port {port} of this worker may not be used: {error}") from error
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # no IPv6 here
+                continue
+            raise EtfzooError(
+                f"port {port} of this worker is in use: end the process that has it, or name "
+                "another port in every worker's TF_CONFIG"
+            ) from error
+
+
+def _local_tpu() -> bool:
+    # Asking the resolver where there is no TPU waits for a cloud metadata server; the driver's
+    # device files tell at once.
+    return bool(glob.glob("/dev/accel[0-9]*")) or (
+        bool(glob.glob("/dev/vfio/[0-9]*")) and "TPU_ACCELERATOR_TYPE" in os.environ
+    )
+
+
+def _tpu_strategy(tpu):
+    address = tpu or os.environ.get("TPU_NAME")
+    if address in (None, "local") and not _local_tpu():
+        raise EtfzooError(
+            "no TPU found on this machine: run on a TPU VM with tensorflow-tpu installed "
+            "(pip install 'etfzoo[tpu]'), name one with --tpu=NAME, or use --strategy=one_device"
+        )
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address or "local")
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return tf.distribute.TPUStrategy(resolver)
+    except (ValueError, OSError, RuntimeError, tf.errors.OpError) as error:
+        raise EtfzooError(
+            f"TPU {address or 'local'} cannot be reached: {_first_line(error)}; check --tpu, or "
+            "use --strategy=one_device"
+        ) from error
+
+
+def _first_line(error) -> str:
+    return str(error).strip().splitlines()[0]

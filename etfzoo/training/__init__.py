@@ -1,0 +1,1 @@
+"""A run from its config: protocols, schedules, the loop, search, transfer, publishing."""

@@ -1,0 +1,156 @@
+"""The parts of a run from its configuration: model, pipeline, optimizer and step."""
+
+import json
+import logging
+from pathlib import Path
+
+import keras
+
+from etfzoo import files
+from etfzoo.data.augment import Augmentation
+from etfzoo.data.mixing import Mixing
+from etfzoo.data.pipeline import Pipeline, find_corrupt
+from etfzoo.data.source import Source
+from etfzoo.errors import EtfzooError
+from etfzoo.models import initialization
+from etfzoo.models.classifier import ImageClassifier, build_classifier, replace_head
+from etfzoo.runtime import backend
+from etfzoo.training import schedules
+from etfzoo.training.config import TrainConfig
+
+log = logging.getLogger("etfzoo")
+
+
+def policy(config: TrainConfig) -> str:
+    """The Keras dtype policy of a configuration."""
+    return {"none": "float32"}.get(config.mixed_precision, f"mixed_{config.mixed_precision}")
+
+
+def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
+    """The classifier that a configuration starts from."""
+    size = config.image_size
+    if config.norm == "sw":
+        backend.use_full_float32()
+    common = {
+        "feature_norm": config.feature_norm,
+        "scale": config.scale,
+        "seed": config.seed,
+        "input_shape": (size, size, 3),
+        "crop": config.crop,
+        "class_names": source.class_names,
+        "dtype": policy(config),
+    }
+    try:
+        if config.init is not None:
+            from etfzoo.zoo.load import load
+
+            return replace_head(load(config.init), source.num_classes, config.head, **common)
+        model = build_classifier(
+            config.backbone,
+            source.num_classes,
+            config.head,
+            config.norm,
+            mean=config.mean,
+            std=config.std,
+            **common,
+        )
+    except EtfzooError:
+        raise
+    except ValueError as error:  # no ETF of these sizes
+        raise EtfzooError(str(error)) from error
+    initialization.initialize(model, config.initializer, config.zero_gamma, config.seed)
+    return model
+
+
+def make_pipeline(
+    config: TrainConfig, source: Source, model, workdir=None, chief: bool = True
+) -> Pipeline:
+    """The pipeline of a configuration; checks that there is something to train on.
+
+    Args:
+        config: the run.
+        source: its data set.
+        model: gives image size and crop.
+        workdir: where the list of corrupt images is kept, with `skip_corrupt`; None keeps none.
+        chief: whether this process writes that list.
+    """
+    corrupt = ()
+    if config.skip_corrupt:
+        corrupt = _corrupt_keys(config, source, workdir, chief)
+    pipeline = Pipeline(
+        source,
+        *model.spec.input_shape[:2],
+        model.spec.crop,
+        config.batch_size,
+        Augmentation(
+            config.augment, config.min_area, config.flip, config.rand_augment, config.antialias
+        ),
+        config.seed,
+        corrupt,
+        mixing(config),
+    )
+    size = pipeline.size(config.train_split)
+    if size < config.batch_size:
+        raise EtfzooError(
+            f"the training split of {source.name} has {size} images, fewer than one batch; "
+            f"pass --batch_size={max(1, size // 4)} or less"
+        )
+    if pipeline.size(config.eval_split) == 0:
+        raise EtfzooError(f"the evaluation split of {source.name} is empty")
+    return pipeline
+
+
+def mixing(config: TrainConfig) -> Mixing:
+    """How the images of a configuration are mixed."""
+    return Mixing(config.mixup, config.cutmix)
+
+
+def _corrupt_keys(config, source, workdir, chief) -> tuple[int, ...]:
+    if workdir is None:
+        return tuple(find_corrupt(source, (config.train_split, config.eval_split)))
+    path = Path(workdir) / "corrupt.json"
+    if path.exists():
+        corrupt = {int(key): name for key, name in files.read_json(path).items()}
+    else:
+        corrupt = find_corrupt(source, (config.train_split, config.eval_split))
+    if chief:
+        files.make_directory(path.parent)
+        files.write_text(path, json.dumps({str(k): v for k, v in corrupt.items()}, indent=2))
+        log.warning("left out %d corrupt images, listed in %s", len(corrupt), path)
+    return tuple(corrupt)
+
+
+def make_optimizer(config: TrainConfig, steps: int, model, strategy):
+    """SGD on the schedule of a configuration, built for a model.
+
+    Args:
+        config: the run.
+        steps: of an epoch.
+        model: the classifier.
+        strategy: see `etfzoo.runtime.strategy.get_strategy`.
+    """
+    with strategy.scope():
+        optimizer = keras.optimizers.SGD(
+            schedules.learning_rate(config, steps),
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            name="sgd",  # variable paths must not depend on what was built before
+        )
+        if config.mixed_precision == "float16":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale")
+        optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+def make_stepper(config: TrainConfig, model, optimizer, strategy, average=None):
+    """The training step of a configuration, see `etfzoo.runtime.step_tf.Stepper`."""
+    return backend.Stepper(
+        model,
+        optimizer,
+        strategy,
+        config.weight_decay,
+        config.label_smoothing,
+        config.decay_all,
+        False if config.deterministic else config.jit_compile,
+        average,
+    )

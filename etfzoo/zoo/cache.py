@@ -1,0 +1,328 @@
+"""Published versions from elsewhere, in a folder of this machine.
+
+The cache is the folder of the environment variable `ETFZOO_HOME`, by default `~/.cache/etfzoo`:
+
+    <name>/<version>/            models of the index, and what the user puts there
+    urls/<host_path>-<hash>/     models of an address
+    .../.download-<version>/     a download that goes on, or that can be resumed
+
+Every file is checked against a size and a sha256: those of the index for its models; for an
+address those of its own `assets.extra/files.json`, which the handle can pin in turn:
+`https://host/rn18_etf.mine/1#sha256=<sha256 of files.json>`. Without the pin it is only sure that
+nothing was damaged on the way; see `etfzoo.zoo.manifest`.
+
+A version appears in the cache whole or not at all and never changes, so that an address in the
+cache is not asked again. `ETFZOO_OFFLINE=1` means no network at all. Nothing from a download is
+executed or unpickled, and nothing is written outside of the folder of its download.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from etfzoo import files
+from etfzoo.errors import EtfzooError
+from etfzoo.progress import Progress, say
+from etfzoo.zoo import download, manifest
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes must not download the same model at once
+    fcntl = None
+
+_METADATA = "assets.extra/etfzoo.json"
+
+
+class _NotOurs(EtfzooError):
+    """A folder in the cache that is no download and must stay."""
+
+
+def home() -> Path:
+    """The folder of the cache."""
+    return Path(os.environ.get("ETFZOO_HOME") or "~/.cache/etfzoo").expanduser()
+
+
+def is_offline() -> bool:
+    """Whether ETFZOO_OFFLINE forbids the network."""
+    return os.environ.get("ETFZOO_OFFLINE", "").lower() not in ("", "0", "false", "no")
+
+
+def fetch_version(name: str, version: int, urls, listing: dict[str, manifest.Entry]) -> Path:
+    """The folder of a version of the index, downloaded unless it is there.
+
+    Args:
+        name: full name.
+        version: its number.
+        urls: addresses of the version folder; one after the other is tried.
+        listing: hash and size of every file, files.json included.
+
+    Raises:
+        EtfzooError: offline, no address gives the listed files, no space, or another model of that
+            name is in the cache.
+    """
+    target = home() / name / str(version)
+    what = f"{name}@{version}"
+
+    def check():
+        try:
+            manifest.verify(target, listing)
+        except EtfzooError as e:
+            if _is_download(target, listing):
+                raise
+            raise _NotOurs(
+                f"{target} is not the published {what} ({e}); rename or delete it, or load your "
+                "own by its path"
+            ) from e
+
+    return _fetch(target, what, urls, lambda url: listing, check, lambda folder: None)
+
+
+def fetch_url(handle: str, try_out=lambda folder: None) -> Path:
+    """The folder of the version at an address, downloaded unless it is there.
+
+    Args:
+        handle: `https://`, `http://` or `gs://` address of a version folder, or
+            `hf://owner/repo[/folder][@revision]`; `#sha256=` and the hash of its files.json may
+            follow.
+        try_out: called with the downloaded folder before it gets its place; an EtfzooError that it
+            raises refuses it. Good hashes alone don't make a model.
+
+    Raises:
+        EtfzooError: a bad address, offline, nothing to download there, or files that are not what
+            files.json or the pin says.
+    """
+    url, pin = parse_handle(handle)
+    scheme, place = url.split("://")
+    slug = re.sub(r"[^A-Za-z0-9.-]+", "_", place).strip("._-")[:100]
+    digest = hashlib.sha256(f"{scheme}://{place}".encode()).hexdigest()[:10]
+    target = home() / "urls" / f"{slug}-{digest}"
+
+    def check():
+        if not manifest.verify(target):
+            raise EtfzooError(f"{target / manifest.NAME} is missing")
+        if pin and manifest.sha256(target / manifest.NAME) != pin:
+            raise EtfzooError(f"{target} is not what the handle pins")
+
+    def listing_at(url):
+        address = download.join(url, manifest.NAME)
+        content = download.fetch_bytes(address, manifest.MAX_BYTES)
+        digest = hashlib.sha256(content).hexdigest()
+        if pin and digest != pin:
+            raise download.WrongContent(
+                f"{address} has the sha256 {digest}, and the handle pins another one: refused"
+            )
+        listing = manifest.parse(content, address)
+        return listing | {manifest.NAME: manifest.Entry(digest, len(content))}
+
+    return _fetch(target, url, [url], listing_at, check, try_out)
+
+
+def parse_handle(handle: str) -> tuple[str, str | None]:
+    """The address in a handle, and the sha256 that it pins.
+
+    Raises:
+        EtfzooError: another scheme, or an address that cannot be meant.
+    """
+    url, _, fragment = handle.strip().partition("#")
+    scheme, _, place = url.partition("://")
+    url = f"{scheme.lower()}://{place.rstrip('/')}"
+    pin = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is no number
+    except ValueError as e:
+        raise EtfzooError(f"{handle[:200]!r} is no address: {e}") from e
+    if parts.scheme not in download.SCHEMES:
+        known = ", ".join(f"{s}://" for s in download.SCHEMES)
+        raise EtfzooError(f"{handle[:200]}: addresses that can be loaded begin with {known}")
+    if fragment and not pin:
+        raise EtfzooError(f"{handle[:200]}: only #sha256= and 64 hex digits may follow #")
+    if parts.scheme != "hf" and "@" in parts.netloc:
+        raise EtfzooError("put the login of an address into ~/.netrc, not into the address")
+    pattern = {"hf": r"[\w.-]+(/[\w.-]+)+(@[\w.-]+)?", "gs": r"[\w./-]+"}
+    if not re.fullmatch(pattern.get(parts.scheme, r"[^\s?\\@]+"), url.partition("://")[2]):
+        raise EtfzooError(f"{handle[:200]!r} is not the address of a folder")
+    return url, pin and pin[1].lower()
+
+
+def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
+    """Fills `target` unless it is there and `check()` finds no fault in it.
+
+    Args:
+        target: the folder.
+        what: name of the model for people.
+        urls: addresses of its version folder.
+        listing_at: gives the files that belong to it, by address.
+        check: raises EtfzooError where the folder is damaged.
+        try_out: raises EtfzooError where a download is to be refused.
+    """
+    fault = _fault(target, check)
+    if fault is None:
+        return target
+    if is_offline():
+        raise EtfzooError(
+            f"{fault or f'{what} is not in {target}'}, and ETFZOO_OFFLINE forbids to download it: "
+            "unset ETFZOO_OFFLINE, or copy the folder there"
+        )
+    if not urls:
+        raise EtfzooError(f"{what} has no address in the index; get it from its owner")
+    temporary = target.parent / f".download-{target.name}"
+    if fault:
+        say("%s: downloading it again", fault)
+    with _locked(temporary):
+        if _fault(target, check) is None:  # another process was faster
+            shutil.rmtree(temporary / "files", ignore_errors=True)
+            return target
+        error = None
+        for url in urls:
+            try:
+                _download(temporary / "files", what, url, listing_at(url), try_out)
+                _place(temporary, target)
+                return target
+            except (download.NetworkError, download.WrongContent) as e:
+                if error is not None:
+                    say("%s", e)
+                error = error or e
+        raise error
+
+
+def _fault(target, check) -> str | None:
+    """What is wrong with a folder; None if nothing is, empty if there is none."""
+    if not target.exists():
+        return ""
+    try:
+        check()
+    except _NotOurs:
+        raise
+    except EtfzooError as e:
+        return str(e).partition(";")[0]
+    return None
+
+
+def _download(folder, what, url, listing, try_out):
+    """Brings all listed files into `folder`, and nothing else."""
+    try:
+        _tidy(folder, listing)
+        total = sum(entry.size for entry in listing.values())
+        have = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        download.check_free_space(folder, total - have)
+        say("downloading %s (%.1f MB) from %s", what, total / 1e6, url)
+        progress = Progress(what, -(-total // 10**6), quiet=not sys.stdout.isatty(), unit="MB")
+        done = 0
+        for name, entry in sorted(listing.items()):
+            path = folder / name
+            files.make_directory(path.parent)
+
+            def show(count, done=done):
+                progress.update((done + count) // 10**6)
+
+            download.fetch_file(download.join(url, name), path, entry.size, entry.sha256, show)
+            done += entry.size
+        progress.finish()
+        own = manifest.read(folder)
+        if own != {name: e for name, e in listing.items() if name != manifest.NAME}:
+            raise download.WrongContent(f"{url}: its files.json and the index differ: refused")
+        try:
+            try_out(folder)
+        except EtfzooError as e:
+            raise download.WrongContent(f"{url} is no model that can be loaded: {e}") from e
+    except download.NetworkError:
+        raise  # what has come is kept, to be resumed
+    except EtfzooError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as e:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise EtfzooError(f"cannot write {folder}: {e.strerror or e}") from e
+
+
+def _tidy(folder, listing):
+    """Removes what an earlier attempt left there and the listing does not have."""
+    files.make_directory(folder)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_symlink() or not path.is_dir():
+            if path.is_symlink() or path.relative_to(folder).as_posix() not in listing:
+                path.unlink()
+        elif not any(path.iterdir()):
+            path.rmdir()
+
+
+def _place(temporary, target):
+    """Moves the files to their place; a damaged copy there makes room."""
+    try:
+        old = temporary / "old"
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary / "files", target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        raise EtfzooError(f"cannot write {target}: {e.strerror or e}") from e
+
+
+def _is_download(target, listing):
+    """Whether a folder that differs from the listing once was what it lists, and nobody's own."""
+    for name in (manifest.NAME, _METADATA):
+        with contextlib.suppress(EtfzooError):
+            if name in listing and manifest.sha256(target / name) == listing[name].sha256:
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """The folder, made if needed, for this process alone; one that was killed holds nothing.
+
+    Another process that wants it waits. At the end the folder goes, unless files are left in it.
+    """
+    lock = folder / "lock"
+    while True:
+        files.make_directory(folder)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # the process before has just removed the folder
+        except OSError as e:
+            raise EtfzooError(f"cannot write {folder}: {e.strerror or e}") from e
+        try:
+            _flock(descriptor, folder)
+            if not _is_same_file(descriptor, lock):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+                    folder.rmdir()
+                    folder.parent.rmdir()
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _flock(descriptor, folder):
+    if fcntl is None:
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process downloads into %s: waiting for it", folder.parent)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as e:
+        # A file system without locks, as on some clusters: one process at a time works there too.
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
+def _is_same_file(descriptor, path):
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,102 @@
+"""The model card of a published version: what is known about it, and nothing else."""
+
+from pathlib import Path
+
+NAME = "README.md"
+UNKNOWN = "unknown"
+
+
+def text(name: str, version: int, metadata: dict) -> str:
+    """The card as Markdown. What is not recorded is said to be unknown.
+
+    Args:
+        name: full name of the model.
+        version: its number.
+        metadata: see `etfzoo.zoo.publish.read_metadata`; of `provenance` it shows `command`,
+            `dataset`,
+            `init`, `seed`, `hardware`, `seconds` (of training), `intended_use` and `limits`.
+    """
+    spec, made = metadata["spec"], metadata.get("provenance") or {}
+    height, width, _ = spec.input_shape
+    size = "any size" if height is None or width is None else f"{height} x {width} pixels"
+    if spec.head is None:
+        head = "no head: pooled features"
+    elif spec.head == "etf":
+        head = f"fixed ETF head, {spec.num_classes} classes"
+    else:
+        head = f"trainable linear head, {spec.num_classes} classes"
+    norm = "switchable whitening" if spec.norm == "sw" else "batch norm"
+    command = made.get("command")
+    rows = [
+        ("Network", f"{spec.backbone} ({norm}), {head}, RGB images of {size}"),
+        ("Trained on", made.get("dataset")),
+        ("Started from", made.get("init") or ("random weights" if "init" in made else None)),
+        ("Command", f"`{command}`" if command else None),
+        ("Seed", made.get("seed")),
+        ("Hardware", made.get("hardware")),
+        ("Training time", _duration(made.get("seconds"))),
+        ("Made", metadata.get("created")),
+        ("Licence of the weights", metadata.get("licence")),
+    ]
+    lines = [f"# {name}, version {version}", "", "| | |", "|---|---|"]
+    lines += [f"| {title} | {_cell(value)} |" for title, value in rows]
+    lines += ["", "## Accuracy", "", *_accuracy(metadata.get("metrics") or {})]
+    intended = made.get("intended_use") or (
+        "Not stated by the publisher. It tells its classes apart on images like those it was "
+        "trained on, and is a start for fine-tuning on others."
+    )
+    limits = made.get("limits") or (
+        "Not stated by the publisher. It gives one of its classes to any image, also to one that "
+        "shows none of them, and was not evaluated on other data than said above."
+    )
+    lines += ["", "## Intended use", "", intended, "", "## Limits", "", limits]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import etfzoo",
+        "",
+        f'model = etfzoo.load("{name}@{version}")   # or the path or address of this folder',
+        'logits = model(etfzoo.preprocess(model, "image.jpg"))',
+    ]
+    if spec.head is not None:
+        lines += ["etfzoo.decode_predictions(model, logits)"]
+    lines += [
+        "```",
+        "",
+        "The folder is a TensorFlow SavedModel: TF Serving reads its parent as `model_base_path`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def read(folder) -> str | None:
+    """The card of a version folder, None where it has none."""
+    path = Path(folder) / NAME
+    return path.read_text("utf-8", errors="replace") if path.is_file() else None
+
+
+def _accuracy(metrics):
+    names = {"top1": "Top-1", "top5": "Top-5", "mean_per_class": "Mean per class"}
+    lines = [
+        f"- {title}: {100 * metrics[key]:.2f} %"
+        for key, title in names.items()
+        if isinstance(metrics.get(key), int | float)
+    ]
+    if not lines:
+        return [f"{UNKNOWN.capitalize()}."]
+    on = f"On {metrics.get('examples', f'an {UNKNOWN} number of')} images"
+    return [f"{on} of the {metrics.get('split', UNKNOWN)} split:", "", *lines]
+
+
+def _duration(seconds):
+    if not isinstance(seconds, int | float):
+        return None
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if seconds >= 3600 else f"{seconds:.0f} s"
+
+
+def _cell(value):
+    if value is None or value == "":
+        return UNKNOWN
+    return str(value).replace("|", "\\|").replace("\n", " ")

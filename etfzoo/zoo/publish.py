@@ -1,0 +1,282 @@
+"""Published models: writing one SavedModel folder, and reading its metadata and weights back.
+
+A version folder is a plain SavedModel and three more files:
+
+    saved_model.pb, variables/     what TensorFlow and TF Serving read (etfzoo.zoo.saved_model)
+    assets.extra/etfzoo.json       the spec that rebuilds the Keras model, and where it comes from
+    assets.extra/tf_serving_warmup_requests
+    assets.extra/files.json        sha256 and size of all other files, see etfzoo.zoo.manifest
+    README.md                      the model card
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from etfzoo import files
+from etfzoo.errors import EtfzooError, first_line
+from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
+from etfzoo.version import __version__
+from etfzoo.zoo import card, manifest, saved_model
+from etfzoo.zoo.saved_model import KEY_PREFIX, KEY_SUFFIX
+
+FORMAT = 1
+METADATA = "assets.extra/etfzoo.json"
+
+
+def check_backend() -> None:
+    """Raises EtfzooError where Keras does not run on TensorFlow, which writes SavedModels."""
+    if keras.backend.backend() != "tensorflow":
+        raise EtfzooError(
+            "publishing needs the TensorFlow backend: repeat this with KERAS_BACKEND=tensorflow, "
+            "which reads workdirs of every backend"
+        )
+
+
+def publish(
+    model: ImageClassifier,
+    directory,
+    version: int | None = None,
+    *,
+    storage: str = "float32",
+    provenance: dict | None = None,
+    metrics: dict | None = None,
+    licence: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a classifier as one SavedModel folder, `<directory>/<version>/`.
+
+    The folder appears all at once or not at all. TensorFlow and TF Serving read it as it is, and
+    `etfzoo.load` rebuilds the trainable Keras model from it. Its signatures:
+
+    - `serving_default`: `images` float32 `[N, H, W, 3]`, RGB in 0..255, to `logits`,
+      `probabilities` `[N, K]` and `class_ids` `[N]`.
+    - `features`: `images` to the pooled `features` `[N, p]` and the maps `stem`, `stage1` to
+      `stage4` (ask TF Serving for those that you need with `output_filter`).
+    - `serving_bytes`: `image_bytes` `[N]`, encoded JPEG or PNG of any sizes, to the
+      `class_ids`, `labels` and `scores` `[N, k]` of the k = min(5, K) likeliest classes, best
+      first. Left out where the model's height or width is open.
+
+    Without a head each of them returns `features`. They compute in float32, with batch norm folded
+    into the convolutions; those weights are derived when the SavedModel is loaded, so that serving
+    holds the stored weights and a float32 copy of them in memory. The reloaded object can be
+    called too: `tf.saved_model.load(path)(images, training=True)` returns `features` and `logits`
+    of the stored weights in `.weights`, updates the moving statistics and has gradients to the
+    trainable ones. (Train float32 storage: float16 weights lose small steps. What is trained there
+    reaches the signatures only when it is saved and loaded again.)
+
+    Args:
+        model: the classifier; TensorFlow backend.
+        directory: the model's folder, e.g. `saved_models/rn18_etf.shapes`; made if needed.
+        version: a positive integer; None is one above the highest that exists.
+        storage: `"float32"`, or `"float16"` for half the size: weights rounded to 11 bits.
+        provenance: what the weights come from (command, dataset, config, seed); JSON values.
+        metrics: results; `top1` (a share of 1) is shown by `etfzoo.load`.
+        licence: licence of the weights.
+        overwrite: whether an existing `version` is replaced.
+
+    Returns:
+        Path of the version folder.
+
+    Raises:
+        EtfzooError: not an ImageClassifier, another backend, an existing version, values that are
+            not JSON, or a folder that cannot be written; then nothing is left behind.
+    """
+    check_backend()
+    if not isinstance(model, ImageClassifier):
+        raise EtfzooError(
+            f"only an etfzoo.ImageClassifier can be published; got a {type(model).__name__}"
+        )
+    if "://" in str(directory):
+        raise EtfzooError(f"publish writes local folders only; got {directory}")
+    directory = Path(directory).expanduser()
+    if (directory / "saved_model.pb").exists():
+        raise EtfzooError(f"{directory} is a version folder; publish to its parent")
+    if version is None:
+        version = max(version_folders(directory), default=0) + 1
+    if not isinstance(version, int) or version < 1:
+        raise EtfzooError(f"version must be a positive integer; got {version!r}")
+    target = directory / str(version)
+    if target.exists() and not overwrite:
+        raise _taken(target)
+    metadata = _metadata_text(model, storage, provenance, metrics, licence)
+
+    temporary = directory / f".tmp-{version}-{uuid.uuid4().hex[:8]}"
+    made = []
+    done = False
+    try:
+        for folder in (*reversed(directory.parents), directory):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        temporary.mkdir()
+        saved_model.save(model, temporary, storage)
+        (temporary / METADATA).write_text(metadata, "utf-8")
+        text = card.text(directory.absolute().name, version, read_metadata(temporary))
+        (temporary / card.NAME).write_text(text, "utf-8")
+        manifest.write(temporary)
+        _move_into_place(temporary, target, overwrite)
+        done = True
+    except EtfzooError:
+        raise
+    except Exception as e:
+        raise EtfzooError(f"could not publish to {target}: {_reason(e)}") from e
+    finally:  # also after Ctrl-C, which goes on its way
+        if not done:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in reversed(made):
+                    folder.rmdir()
+    return target
+
+
+def version_folders(directory) -> dict[int, Path]:
+    """The folders in a model's folder that are named by an integer, by version."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return {}
+    return {
+        int(p.name): p
+        for p in directory.iterdir()
+        if p.name.isascii() and p.name.isdigit() and str(int(p.name)) == p.name and p.is_dir()
+    }
+
+
+def read_metadata(folder) -> dict:
+    """The metadata of a version folder, with `spec` as a ClassifierSpec.
+
+    Args:
+        folder: the version folder.
+
+    Raises:
+        EtfzooError: the file is missing, broken or of a newer format; names the file.
+    """
+    path = Path(folder) / METADATA
+    try:
+        metadata = files.parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise EtfzooError(
+            f"{path} is missing: not published by etfzoo, or an incomplete copy"
+        ) from None
+    except (OSError, ValueError) as e:
+        raise EtfzooError(f"{path} cannot be read: {first_line(e)}") from e
+    number = metadata.get("format") if isinstance(metadata, dict) else None
+    if type(number) is not int or number < 1:
+        raise EtfzooError(f"{path} is not etfzoo metadata: it has no format number")
+    if metadata["format"] > FORMAT:
+        raise EtfzooError(
+            f"{path} has format {metadata['format']}, and this etfzoo {__version__} reads up to "
+            f"{FORMAT}: upgrade etfzoo"
+        )
+    for name in ("provenance", "metrics"):
+        if not isinstance(metadata.get(name, {}), dict):
+            raise EtfzooError(f"{path} is broken: {name} is no JSON object")
+    try:
+        return metadata | {"spec": ClassifierSpec.from_dict(metadata["spec"])}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise EtfzooError(f"{path} has no usable spec: {first_line(e)}") from e
+
+
+def read_weights(folder) -> dict[str, np.ndarray]:
+    """The weights of a version folder by path of the Keras variable; runs nothing from it.
+
+    Args:
+        folder: the version folder.
+
+    Raises:
+        EtfzooError: missing, truncated or damaged files; names them.
+    """
+    prefix = Path(folder) / "variables" / "variables"
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+        return {
+            saved_model.unescape(key[len(KEY_PREFIX) : -len(KEY_SUFFIX)]): reader.get_tensor(key)
+            for key in reader.get_variable_to_shape_map()
+            if key.startswith(KEY_PREFIX) and key.endswith(KEY_SUFFIX)
+        }
+    except (tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError) as e:
+        raise EtfzooError(
+            f"the weights in {prefix}.* are damaged or incomplete: {first_line(e)}"
+        ) from e
+
+
+def _metadata_text(model, storage, provenance, metrics, licence):
+    metadata = {
+        "format": FORMAT,
+        "manifest": manifest.FORMAT,  # says that files.json belongs to the folder
+        "etfzoo_version": __version__,
+        "keras_version": keras.__version__,
+        "spec": dataclasses.asdict(model.spec),
+        "storage": storage,
+        "variables": {
+            v.path: [list(v.shape), saved_model.stored_dtype(v.path, v.dtype, storage)]
+            for v in model.variables
+        },
+        "provenance": provenance or {},
+        "metrics": metrics or {},
+        "licence": licence,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    for name in ("provenance", "metrics", "licence"):
+        if name != "licence" and not isinstance(metadata[name], dict):
+            raise EtfzooError(f"{name} must be a dict; got a {type(metadata[name]).__name__}")
+        try:
+            # NaN would make the file invalid for every other JSON reader.
+            json.dumps(metadata[name], default=_plain, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise EtfzooError(f"{name} cannot be written as JSON: {first_line(e)}") from e
+    return json.dumps(metadata, indent=1, default=_plain) + "\n"
+
+
+def _plain(value):
+    """NumPy scalars and arrays, tensors and paths as JSON values."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "numpy"):
+        value = value.numpy()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} is not a JSON value")
+
+
+def _move_into_place(temporary, target, overwrite):
+    if not (overwrite and target.exists()):
+        try:
+            os.rename(temporary, target)
+        except OSError as e:
+            if e.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise _taken(target) from None  # another publisher was faster
+            raise
+        return
+    old = temporary.with_name(temporary.name.replace(".tmp", ".old"))
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _taken(target):
+    return EtfzooError(f"{target} already exists; choose another version or overwrite=True")
+
+
+def _reason(error) -> str:
+    text = str(error)
+    if "No space left" in text or "Disk quota" in text:
+        reason = "Disk quota exceeded" if "Disk quota" in text else "No space left on device"
+        return f"{reason}; free some space or choose another directory"
+    if isinstance(error, OSError):
+        return f"{error.strerror or first_line(error)}; choose another directory"
+    return f"{type(error).__name__}: {first_line(error)}"

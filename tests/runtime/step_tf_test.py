@@ -1,0 +1,146 @@
+"""The training step against NumPy: SGD with L2 added before momentum."""
+
+import concurrent.futures
+import multiprocessing
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import etfzoo
+from etfzoo.runtime.step_tf import Stepper, evaluation_step, repeated
+
+DECAY, RATE, MOMENTUM, STEPS = 0.05, 0.1, 0.9, 100
+
+
+def _model(classes=4, features=6):
+    inputs = keras.Input((features,), dtype="float64")
+    outputs = keras.layers.Dense(
+        classes,
+        kernel_initializer=keras.initializers.GlorotUniform(seed=1),
+        dtype="float64",
+        name="logits",
+    )(inputs)
+    return keras.Model(inputs, outputs)
+
+
+def _batches(count=STEPS, size=8, features=6, classes=4):
+    rng = np.random.RandomState(0)
+    return [(rng.randn(size, features), rng.randint(classes, size=size)) for _ in range(count)]
+
+
+def _gradients(kernel, bias, x, y):
+    logits = x @ kernel + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(y)), y] -= 1
+    p /= len(y)
+    return x.T @ p, p.sum(0)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_hundred_steps_equal_numpy_l2_sgd(nesterov, decay_all, jit_compile):
+    model = _model()
+    optimizer = keras.optimizers.SGD(RATE, momentum=MOMENTUM, nesterov=nesterov, name="sgd")
+    optimizer.build(model.trainable_variables)
+    stepper = Stepper(
+        model,
+        optimizer,
+        tf.distribute.get_strategy(),
+        weight_decay=DECAY,
+        decay_all=decay_all,
+        jit_compile=jit_compile,
+    )
+    weights = [np.array(v.value) for v in model.trainable_variables]
+    velocity = [np.zeros_like(w) for w in weights]
+    for x, y in _batches():
+        gradients = list(_gradients(*weights, x, y))
+        for i in range(2 if decay_all else 1):  # otherwise the bias is not decayed
+            gradients[i] = gradients[i] + DECAY * weights[i]
+        for i, g in enumerate(gradients):
+            velocity[i] = MOMENTUM * velocity[i] + g
+            update = g + MOMENTUM * velocity[i] if nesterov else velocity[i]
+            weights[i] = weights[i] - RATE * update
+        stepper.train(iter(tf.data.Dataset.from_tensors((x, y))))
+    for expected, variable in zip(weights, model.trainable_variables, strict=True):
+        np.testing.assert_allclose(variable.value, expected, rtol=0, atol=1e-6)
+
+
+def _losses_of_three_steps(head, norm, jit_compile):
+    strategy, rng = tf.distribute.get_strategy(), np.random.default_rng(0)
+    images = rng.integers(256, size=(8, 32, 32, 3), dtype=np.uint8)
+    batches = repeated(strategy, images, np.arange(8, dtype=np.int32))
+    keras.utils.set_random_seed(0)
+    model = etfzoo.build_classifier("rn18", 8, head, norm, (32, 32, 3))
+    optimizer = keras.optimizers.SGD(1e-3, momentum=MOMENTUM, name="sgd")
+    optimizer.build(model.trainable_variables)
+    stepper = Stepper(model, optimizer, strategy, DECAY, jit_compile=jit_compile)
+    return [stepper.train(batches).numpy()[0] for _ in range(3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head, norm", [("etf", "bn"), ("linear", "sw")])
+def test_xla_compiles_the_step_of_a_network(head, norm):
+    # In a process of its own: XLA cannot max-pool once another test has made ops deterministic.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        plain, compiled = process.map(_losses_of_three_steps, 2 * [head], 2 * [norm], [False, True])
+    np.testing.assert_allclose(compiled, plain, rtol=1e-4)
+
+
+def test_l2_before_momentum_is_ten_times_keras_decoupled_decay():
+    # science: at momentum 0.9 a zero-gradient kernel shrinks by exp(-10 lr wd t), not exp(-lr wd t)
+    model = _model()
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9, name="sgd")
+    optimizer.build(model.trainable_variables)
+    stepper = Stepper(model, optimizer, tf.distribute.get_strategy(), weight_decay=2e-3)
+    model.layers[-1].kernel.assign(np.ones((6, 4)))  # equal columns and zero inputs: no gradient
+    batch = tf.zeros((4, 6), tf.float64), tf.constant([0, 1, 2, 3])
+    batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    for _ in range(100):
+        stepper.train(batches, steps=5)
+    shrink = np.log(np.array(model.layers[-1].kernel.value))
+    np.testing.assert_allclose(shrink, -0.01 * 2e-3 * 500 * 10, rtol=0.03)
+
+
+def test_step_returns_sums_of_loss_hits_and_examples():
+    model = _model()
+    optimizer = keras.optimizers.SGD(0.0, name="sgd")
+    stepper = Stepper(model, optimizer, tf.distribute.get_strategy())
+    (x, y), *_ = _batches(1)
+    batches = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
+    loss, right, count, votes = stepper.train(batches, steps=3, stop=True).numpy() / 3
+    logits = x @ np.array(model.layers[-1].kernel.value)
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
+    np.testing.assert_allclose(loss, expected.sum(), rtol=1e-6)
+    assert (right, count, votes) == ((logits.argmax(1) == y).sum(), len(y), 1)
+
+
+def test_a_step_on_targets_equals_numpy():
+    model = _model()
+    optimizer = keras.optimizers.SGD(RATE, name="sgd")
+    stepper = Stepper(model, optimizer, tf.distribute.get_strategy())
+    (x, y), (_, others) = _batches(2)
+    share = np.random.RandomState(1).uniform(size=(len(y), 1))
+    targets = (share * np.eye(4)[y] + (1 - share) * np.eye(4)[others]).astype(np.float32)
+    kernel, bias = (np.array(v.value) for v in model.trainable_variables)
+    logits = x @ kernel + bias
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    loss, right, *_ = stepper.train(iter(tf.data.Dataset.from_tensors((x, targets)))).numpy()
+    np.testing.assert_allclose(loss, -(targets * np.log(p)).sum(), rtol=1e-6)
+    larger = np.where(share[:, 0] > 0.5, y, others)
+    assert right == (logits.argmax(1) == larger).sum()
+    gradient = x.T @ (p - targets) / len(y)
+    np.testing.assert_allclose(
+        model.layers[-1].kernel.value, kernel - RATE * gradient, rtol=1e-6, atol=1e-8
+    )
+
+
+def test_evaluation_step_top5_of_few_classes_is_always_right():
+    labels, predicted, top5, loss = evaluation_step(_model())(
+        tf.random.stateless_normal((7, 6), (0, 1), dtype=tf.float64), tf.zeros(7, tf.int32)
+    )
+    assert labels.shape == loss.shape == predicted.shape == (7,) and np.all(top5)

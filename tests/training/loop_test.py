@@ -1,0 +1,315 @@
+"""The training loop in one process: resuming, stopping, diverging, schedules."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import etfzoo
+from etfzoo.data.pipeline import Pipeline
+from etfzoo.data.sources import resolve
+from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.measure import accuracy
+from etfzoo.models import checkpoint
+from etfzoo.runtime import hardware
+from etfzoo.training import loop, search
+from etfzoo.training.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def config(embedded_dir):
+    return TrainConfig(
+        dataset="digits",
+        data_dir=str(embedded_dir),
+        backbone="rn18",
+        head="etf",
+        image_size=32,
+        crop=1.0,
+        augment="shift",
+        flip=False,
+        epochs=2,
+        batch_size=50,
+        learning_rate=0.02,
+        weight_decay=1e-3,
+        warmup_epochs=0.5,
+        mean=(127.5,) * 3,
+        std=(64.0,) * 3,
+        eval_split="select",
+        checkpoint_every=1,
+        keep_checkpoints=100,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """An uninterrupted run that kept a checkpoint of each of its 8 steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, loop.train_and_evaluate(config, workdir)
+
+
+def _final(workdir):
+    return checkpoint.read(checkpoint.CheckpointManager(workdir).paths()[0])
+
+
+def _assert_same_end(a, b):
+    (arrays_a, state_a), (arrays_b, state_b) = _final(a), _final(b)
+    assert state_a == state_b
+    assert arrays_a.keys() == arrays_b.keys()
+    for name in arrays_a:
+        np.testing.assert_array_equal(arrays_a[name], arrays_b[name], name)
+
+
+def test_a_run_leaves_complete_files(finished, config):
+    workdir, result = finished
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[-1] == result
+    assert (workdir / "metrics.csv").read_text().count("\n") == 3
+    assert TrainConfig.load(workdir / "config.json") == config
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert len(checkpoint.CheckpointManager(workdir).paths()) == 8
+    assert result["examples"] == 300 and result["step"] == 8
+    recorded = hardware.read(workdir)
+    assert recorded["hardware"] and recorded["command"].startswith("python ")
+    assert 0 < recorded["seconds"] < 600
+
+
+# 8 is a run that died between its last checkpoint and its log files.
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 8])
+def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
+    workdir, _ = finished
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(workdir / "config.json", tmp_path)
+    hardware.write(tmp_path, 1000)
+    name = f"step-{step:010d}.npz"
+    shutil.copy(workdir / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    (tmp_path / ".metrics.csv.1a2b3c4d.tmp").touch()  # as a kill leaves it
+    loop.train_and_evaluate(config, tmp_path)
+    _assert_same_end(workdir, tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert (tmp_path / "metrics.csv").read_text() == (workdir / "metrics.csv").read_text()
+    assert hardware.read(tmp_path)["seconds"] > 1000 or step == 8  # with those before the stop
+
+
+def test_several_steps_an_execution_change_nothing(finished, config, tmp_path):
+    several = dataclasses.replace(config, steps_per_execution=3)
+    loop.train_and_evaluate(several, tmp_path)
+    _assert_same_end(finished[0], tmp_path)
+    steps = [p.stem for p in checkpoint.CheckpointManager(tmp_path).paths()]
+    assert steps == [f"step-{n:010d}" for n in (8, 7, 4, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path, ema):
+    half = dataclasses.replace(config, mixed_precision="float16", norm="sw", head="linear", ema=ema)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    result = loop.train_and_evaluate(half, whole)
+    assert np.isfinite(result["train_loss"])
+    arrays, _ = _final(whole)
+    # Halved where 16 bits overflowed; 2^15 at first.
+    assert 0 < arrays["optimizer/loss_scale/dynamic_scale"] <= 2**15
+    assert arrays["optimizer/sgd/iteration"] >= 4
+    (again / "checkpoints").mkdir(parents=True)
+    name = "checkpoints/step-0000000003.npz"
+    shutil.copy(whole / name, again / name)
+    loop.train_and_evaluate(half, again)
+    _assert_same_end(whole, again)
+
+
+@pytest.fixture(scope="module")
+def resized(config, tmp_path_factory):
+    """A run of three sizes, with an average of its weights; its checkpoints are of each step."""
+    workdir = tmp_path_factory.mktemp("resized")
+    stages = {"image_size_schedule": ((16, 1), (24, 1)), "epochs": 3}
+    config = dataclasses.replace(config, **stages, ema=0.8)
+    loop.train_and_evaluate(config, workdir)
+    return workdir, config
+
+
+def test_progressive_resizing_trains_each_epoch_at_its_size(resized, config, tmp_path, monkeypatch):
+    workdir, progressive = resized
+    assert [progressive.train_size(epoch) for epoch in range(3)] == [16, 24, 32]
+    shown = []
+    read, predict = Pipeline.training, accuracy.predict
+
+    def spied_training(self, *args, **kwargs):
+        shown.append(("train", *self.preprocessing[:2]))
+        return read(self, *args, **kwargs)
+
+    def spied_predict(step, batches):
+        batches = list(batches)
+        shown.append(("evaluate", *batches[0][0].shape[1:3]))
+        return predict(step, batches)
+
+    monkeypatch.setattr(Pipeline, "training", spied_training)
+    monkeypatch.setattr(accuracy, "predict", spied_predict)
+    loop.train_and_evaluate(progressive, tmp_path / "again")
+    full = ("evaluate", 32, 32)
+    assert shown == [
+        ("train", 16, 16), full, ("train", 24, 24), full, ("train", 32, 32), full
+    ]  # fmt: skip
+    _assert_same_end(workdir, tmp_path / "again")
+    # The first stage is what a training at that size alone does, to the bit.
+    alone = dataclasses.replace(
+        progressive, image_size=16, image_size_schedule=(), checkpoint_every=100
+    )
+    loop.train_and_evaluate(alone, tmp_path / "alone")
+    first, plain = (
+        checkpoint.read(folder / "checkpoints" / "step-0000000004.npz")[0]
+        for folder in (workdir, tmp_path / "alone")
+    )
+    for name in first:
+        np.testing.assert_array_equal(first[name], plain[name], name)
+
+
+@pytest.mark.parametrize("step", [3, 4, 6, 9])
+def test_progressive_resizing_resumes_bit_equal(resized, tmp_path, step):
+    workdir, config = resized
+    (tmp_path / "checkpoints").mkdir()
+    name = f"checkpoints/step-{step:010d}.npz"
+    shutil.copy(workdir / name, tmp_path / name)
+    loop.train_and_evaluate(config, tmp_path)
+    _assert_same_end(workdir, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([[16, 2]], "leaves none of the 2 epochs for image_size"),
+        ([[16, 0]], "at least one epoch each"),
+        ([[0, 1]], "sizes between 1 and 8192"),
+        ([16], "must be pairs"),
+        ([[16.5, 1]], "must be pairs"),
+        ("16:1", "must be pairs"),
+    ],
+)
+def test_bad_image_size_schedules(config, stages, message):
+    with pytest.raises(EtfzooError, match=message):
+        dataclasses.replace(config, image_size_schedule=stages)
+
+
+def test_a_search_of_fewer_epochs_shortens_the_stages(config):
+    long = dataclasses.replace(config, epochs=20, image_size_schedule=((16, 10), (24, 4), (28, 1)))
+    short = search.trial(long, epochs=5)
+    assert short.image_size_schedule == ((16, 2), (24, 1)) and short.epochs == 5
+
+
+@pytest.fixture(scope="module")
+def regularised(config, tmp_path_factory):
+    """A run with mixup, cutmix, RandAugment and averaged weights, and its configuration."""
+    workdir = tmp_path_factory.mktemp("regularised")
+    changes = {"mixup": 0.2, "cutmix": 1.0, "rand_augment": 7.0, "ema": 0.8}
+    config = dataclasses.replace(config, **changes, label_smoothing=0.1, epochs=1)
+    return workdir, config, loop.train_and_evaluate(config, workdir)
+
+
+def test_a_regularised_run_resumes_bit_equal(regularised, tmp_path):
+    workdir, config, result = regularised
+    (tmp_path / "checkpoints").mkdir()
+    name = "checkpoints/step-0000000003.npz"
+    shutil.copy(workdir / name, tmp_path / name)
+    assert loop.train_and_evaluate(config, tmp_path) == result
+    _assert_same_end(workdir, tmp_path)
+
+
+def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
+    workdir, config, result = regularised
+    kept = [checkpoint.read(p)[0] for p in checkpoint.CheckpointManager(workdir).paths()[::-1]]
+    assert len(kept) == 4
+    names = [k.removeprefix("model/") for k in kept[-1] if k.startswith("model/")]
+    assert len(names) == len([k for k in kept[-1] if k.startswith("trained/")]) > 100
+    for step in range(2, 5):  # what the checkpoints hold is the recursion itself
+        decay = min(config.ema, (1 + step) / (10 + step))
+        for name in names:
+            before, weight = kept[step - 2][f"model/{name}"], kept[step - 1][f"trained/{name}"]
+            expected = decay * before.astype(float) + (1 - decay) * weight
+            np.testing.assert_allclose(kept[step - 1][f"model/{name}"], expected, atol=1e-5)
+    kernel = "logits/kernel"
+    np.testing.assert_array_equal(kept[-1][f"model/{kernel}"], kept[0][f"trained/{kernel}"])
+    loaded = etfzoo.load(workdir)
+    for variable in loaded.variables:
+        np.testing.assert_array_equal(variable.value, kept[-1][f"model/{variable.path}"])
+    source = resolve(config.dataset, config.data_dir)
+    labels, predicted, *_ = accuracy.evaluate(loaded, source, config.eval_split, 100)
+    assert np.mean(labels == predicted) == pytest.approx(result["top1"], abs=1e-9)
+
+
+def test_configurations_written_before_the_regularisers_still_load(finished, config, tmp_path):
+    values = json.loads((finished[0] / "config.json").read_text())
+    for name in ("mixup", "cutmix", "rand_augment", "ema"):
+        assert values.pop(name) == 0
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert TrainConfig.load(tmp_path / "config.json") == config
+
+
+def test_a_finished_run_is_not_trained_again(finished, config):
+    workdir, result = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    assert loop.train_and_evaluate(config, workdir) == result
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+
+
+def test_a_workdir_of_another_run_is_refused(finished, config):
+    workdir, _ = finished
+    with pytest.raises(EtfzooError, match=r"other settings \(learning_rate 0.02 there, 0.5 here\)"):
+        loop.train_and_evaluate(dataclasses.replace(config, learning_rate=0.5), workdir)
+
+
+def test_the_etf_kernel_never_moves(finished, config):
+    from etfzoo.layers.frames import simplex_etf
+
+    arrays, _ = _final(finished[0])
+    expected = simplex_etf(10, 512, config.seed).T.astype("float32")
+    np.testing.assert_array_equal(arrays["model/logits/kernel"], expected)
+    assert not [name for name in arrays if name.startswith("optimizer/") and "logits" in name]
+
+
+def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path):
+    wild = dataclasses.replace(config, learning_rate=1e30, warmup_epochs=0.0)
+    with pytest.raises(TrainingDiverged, match="lower --learning_rate"):
+        loop.train_and_evaluate(wild, tmp_path)
+    for path in checkpoint.CheckpointManager(tmp_path).paths():
+        arrays, _ = checkpoint.read(path)
+        assert all(np.isfinite(a).all() for a in arrays.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 201}, "has 200 images, fewer than one batch; pass --batch_size=50"),
+        ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
+        ({"backbone": "rn102"}, "unknown backbone 'rn102'; did you mean rn101"),
+        ({"head": "eft"}, "unknown head 'eft'; did you mean etf"),
+        ({"train_split": "trian"}, "no split 'trian'"),
+        ({"jit_compile": True}, "add --nodeterministic"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be"),
+        ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
+        ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),
+        ({"cutmix": -1.0}, "cutmix must be at least 0"),
+        ({"rand_augment": 11}, "rand_augment must be between 0 and 10"),
+        ({"ema": 1.0}, "ema must be between 0 and 0.9999999"),
+        ({"init": "rn50_eft"}, "unknown model 'rn50_eft'; did you mean rn50_etf"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(config, tmp_path, change, message):
+    workdir = tmp_path / "new"
+    with pytest.raises(EtfzooError, match=message) as error:
+        loop.train_and_evaluate(dataclasses.replace(config, **change), workdir)
+    assert "\n" not in str(error.value)
+    assert not workdir.exists()
+
+
+def test_more_classes_than_the_etf_can_hold(config, tmp_path):
+    photos = tmp_path / "photos"
+    for number in range(514):
+        (photos / f"c{number:03d}").mkdir(parents=True)
+        for copy in range(2):
+            Image.new("RGB", (4, 4)).save(photos / f"c{number:03d}" / f"{copy}.png")
+    with pytest.raises(EtfzooError, match="no simplex ETF of 514 classes exists in 512"):
+        loop.train_and_evaluate(
+            dataclasses.replace(config, dataset=f"folder:{photos}"), tmp_path / "run"
+        )

@@ -1,0 +1,456 @@
+"""Tests of downloads: real HTTP on this machine, well-behaved and not."""
+
+import hashlib
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import server as http
+from etfzoo.errors import EtfzooError
+from etfzoo.zoo import cache, download, manifest
+from testing import CHECKOUT, small_disk
+
+DATA = "variables/variables.data-00000-of-00001"
+
+
+def make_version(folder, size=300_000, seed=0):
+    """A version folder as far as downloading looks at it."""
+    rng = np.random.default_rng(seed)
+    for name, count in {
+        "saved_model.pb": 5000,
+        DATA: size,
+        "variables/variables.index": 300,
+        "assets.extra/etfzoo.json": 700,
+        "assets/empty.txt": 0,
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(rng.bytes(count))
+    manifest.write(folder)
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A server of `rn18_etf.x/1`; the cache is empty, waiting is short."""
+    monkeypatch.setenv("ETFZOO_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ETFZOO_TIMEOUT", "0.4")
+    monkeypatch.delenv("ETFZOO_OFFLINE", raising=False)
+    monkeypatch.setattr(download, "WAITS", (0.01, 0.02))
+    make_version(tmp_path / "site/rn18_etf.x/1")
+    with http.serve(tmp_path / "site") as server:
+        server.version = f"{server.url}/rn18_etf.x/1"
+        server.data = f"/rn18_etf.x/1/{DATA}"
+        server.folder = tmp_path / "site/rn18_etf.x/1"
+        yield server
+
+
+def assert_same_folder(folder, other):
+    names = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+    assert names == {p.relative_to(other) for p in other.rglob("*") if p.is_file()}
+    for name in names:
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def leftovers():
+    """All files in the cache that are in no finished version."""
+    return [p for p in cache.home().rglob("*") if ".download" in str(p)]
+
+
+def one_line(call, *args):
+    with pytest.raises(EtfzooError) as error:
+        call(*args)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    return str(error.value)
+
+
+def listing_of(folder):
+    return manifest.read(folder) | {manifest.NAME: manifest.entry_of(folder / manifest.NAME)}
+
+
+def test_an_address(site):
+    folder = cache.fetch_url(site.version)
+    assert_same_folder(folder, site.folder)
+    assert folder.parent == cache.home() / "urls" and leftovers() == []
+    assert folder.name.startswith("127.0.0.1_") and "rn18_etf.x_1-" in folder.name
+    asked = len(site.requests)
+    assert cache.fetch_url(site.version + "/") == folder
+    assert len(site.requests) == asked  # it is in the cache and is not asked again
+    make_version(site.root / "rn18_etf.x/2", seed=1)
+    assert cache.fetch_url(f"{site.url}/rn18_etf.x/2") != folder
+
+
+def test_a_pinned_address(site):
+    pin = hashlib.sha256((site.folder / manifest.NAME).read_bytes()).hexdigest()
+    bad = f"{site.version}#sha256={'0' * 64}"
+    assert "the handle pins another one: refused" in one_line(cache.fetch_url, bad)
+    assert list(cache.home().rglob("*.pb")) == leftovers() == []
+    folder = cache.fetch_url(f"{site.version}#sha256={pin.upper()}")
+    assert cache.fetch_url(site.version) == folder
+    # The good copy stays when a pin asks for another one.
+    assert "pins another one" in one_line(cache.fetch_url, bad)
+    assert cache.fetch_url(site.version) == folder
+
+
+@pytest.mark.parametrize(
+    "handle, message",
+    [
+        ("ftp://host/x", "begin with https://, http://, gs://, hf://"),
+        ("file:///etc", "begin with https://"),
+        ("https://user:secret@host/x", "into ~/.netrc"),
+        ("https://host/x#md5=1", "only #sha256="),
+        ("https://host/x?token=1", "is not the address of a folder"),
+        ("https://host/a b", "is not the address of a folder"),
+        ("https://host:port/x", "is no address"),
+        ("https://", "is not the address of a folder"),
+        ("hf://repo", "is not the address of a folder"),
+        ("hf://owner/re po", "is not the address of a folder"),
+        ("https://[::1/x", "is no address"),
+    ],
+)
+def test_bad_handles(site, handle, message):
+    text = one_line(cache.fetch_url, handle)
+    assert message in text and "secret" not in text
+    assert not cache.home().exists()
+
+
+FAULTS = {  # what happens at first; then the server is good
+    "dropped": [http.drop(100_000)],
+    "dropped twice": [http.drop(70_000), http.drop(70_000)],
+    "stalls in the middle": [http.stall(100_000)],
+    "stalls before headers": [http.stall(headers=False)],
+    "500 and 503": [http.status(500), http.status(503)],
+    "too many requests": [http.status(429)],
+    "dropped, ignores Range": [http.drop(100_000), http.ignore_range],
+    "dropped, 416": [http.drop(100_000), http.status(416)],
+    "claims too little": [http.claim(200_000)],
+    "claims too much": [http.claim(400_000)],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_passing_faults(site, fault):
+    site.faults[site.data] = [*FAULTS[fault], http.good]
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+    assert leftovers() == []
+    ranges = [r for path, r in site.requests if path == site.data]
+    if fault.startswith("dropped") and "416" not in fault:
+        # Only what is missing is asked for: the first 64 KiB at least had come.
+        assert int(ranges[1][6:-1]) >= 65536
+
+
+@pytest.mark.parametrize(
+    "fault, message, attempts",
+    [
+        (http.status(404), "404 Not Found; check the address", 1),
+        (http.status(403), "403 Forbidden; you may not read it", 1),
+        (http.status(500), "the server answers 500", 3),
+        (http.status(418), "418 I'm a Teapot; check", 1),
+        (http.stall(10), "no byte came for 0.4 s; gave up after 3", 3),
+        (http.drop(0), "the connection was dropped; gave up", 3),
+        (http.redirect("file:///etc/passwd"), "redirects from http to file: refused", 1),
+        (http.redirect("ftp://127.0.0.1/x"), "redirects from http to ftp: refused", 1),
+        (http.redirect("data:text/plain,x"), "redirects from http to data: refused", 1),
+        (http.redirect(f"/rn18_etf.x/1/{DATA}"), "its redirects lead nowhere", 1),
+        (http.status(200, Content_Encoding="gzip"), "sends it compressed", 1),
+        (
+            http.other(b"short"),
+            "is not the published file: it ends after 5 of 300000",
+            5,
+        ),  # again without a Range
+        (http.other(b"x" * 300_000), "is not the published file: its sha256 is", 1),
+        (http.other(b"x" * 300_001), "sends more than the 300000 bytes", 1),
+        (http.endless, "sends more than the 300000 bytes", 1),
+        (http.claim(300_005, b"12345"), "sends more than the 300000 bytes", 1),
+    ],
+)
+def test_lasting_faults(site, fault, message, attempts):
+    site.faults[site.data] = [fault]
+    text = one_line(cache.fetch_url, site.version)
+    assert message in text and f"{site.version}/{DATA}" in text
+    assert site.paths().count(site.data) == attempts
+    assert not (cache.home() / "urls").exists() or leftovers()
+    assert (leftovers() != []) == ("gave up" in text)  # only what may be right may stay
+    site.faults.clear()
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+    assert leftovers() == []
+
+
+def test_a_circle_of_two_addresses(site):
+    site.faults[site.data] = [http.redirect("/other")]
+    site.faults["/other"] = [http.redirect(site.data)]
+    assert "its redirects lead nowhere" in one_line(cache.fetch_url, site.version)
+    assert len([p for p in site.paths() if p in (site.data, "/other")]) == 2
+
+
+def test_redirects_are_followed(site, tmp_path):
+    with http.serve(tmp_path / "site") as mirror:
+        for name in listing_of(site.folder):
+            path = f"/rn18_etf.x/1/{name}"
+            site.faults[path] = [http.redirect(mirror.url + path, 307)]
+        assert_same_folder(cache.fetch_url(site.version), site.folder)
+        # The empty file needs no request; files.json is read first, and then downloaded.
+        assert len(mirror.requests) == len(listing_of(site.folder))
+
+
+def test_never_from_https_to_http(site, tmp_path, monkeypatch):
+    """Over real TLS, and without its certificate not at all."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        capture_output=True,
+    )
+    if made.returncode:
+        pytest.skip("no openssl here")
+    with http.serve(tmp_path / "site") as secure:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        address = f"https://localhost:{secure.server_port}/rn18_etf.x/1"
+        text = one_line(cache.fetch_url, address)
+        assert "no secure connection (" in text and "self-signed" in text and address in text
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        secure.faults[site.data] = [http.redirect(site.url + site.data)]
+        assert "redirects from https to http: refused" in one_line(cache.fetch_url, address)
+        assert site.requests == []
+        secure.faults.clear()
+        assert_same_folder(cache.fetch_url(address), site.folder)
+
+
+def test_no_server_and_no_such_host(site):
+    port = site.server_port
+    for address, message in [
+        ("http://127.0.0.1:1/x/1", "no connection (Connection refused)"),
+        ("http://nowhere.invalid/x/1", "no connection (Failed to resolve 'nowhere.invalid'"),
+        (f"https://127.0.0.1:{port}/x/1", "no secure connection ("),
+    ]:
+        text = one_line(cache.fetch_url, address)
+        assert message in text and address in text
+    assert list(cache.home().rglob("*.json")) == leftovers() == []
+
+
+@pytest.mark.parametrize("wrong", ["-1", "nan", "soon", "0"])
+def test_a_bad_timeout(site, monkeypatch, wrong):
+    monkeypatch.setenv("ETFZOO_TIMEOUT", wrong)
+    assert "ETFZOO_TIMEOUT must be a number" in one_line(cache.fetch_url, site.version)
+
+
+def test_what_is_no_version_folder(site):
+    text = one_line(cache.fetch_url, f"{site.url}/rn18_etf.x")
+    assert "404 Not Found; check the address: the folder of a version, such as .../1" in text
+    site.faults["/rn18_etf.x/1/" + manifest.NAME] = [http.endless]
+    assert "is larger than 1048576 bytes" in one_line(cache.fetch_url, site.version)
+    site.faults["/rn18_etf.x/1/" + manifest.NAME] = [http.other(b"<html>")]
+    assert "files.json is damaged" in one_line(cache.fetch_url, site.version)
+    assert leftovers() == []
+
+
+def test_offline(site, monkeypatch):
+    for value in ("1", "true", "True"):
+        monkeypatch.setenv("ETFZOO_OFFLINE", value)
+        text = one_line(cache.fetch_url, site.version)
+        assert site.version in text and "ETFZOO_OFFLINE forbids to download" in text
+    assert site.requests == [] and not cache.home().exists()
+    monkeypatch.setenv("ETFZOO_OFFLINE", "0")
+    folder = cache.fetch_url(site.version)
+    monkeypatch.setenv("ETFZOO_OFFLINE", "1")
+    assert cache.fetch_url(site.version) == folder
+    (folder / DATA).write_bytes(b"x")
+    text = one_line(cache.fetch_url, site.version)
+    assert f"{DATA} is damaged" in text and "ETFZOO_OFFLINE" in text
+    assert (folder / DATA).read_bytes() == b"x"
+
+
+def test_a_damaged_copy_is_fetched_again(site, caplog):
+    caplog.set_level("INFO", "etfzoo")
+    for damage in (
+        lambda folder: (folder / DATA).write_bytes(b"x"),
+        lambda folder: (folder / manifest.NAME).unlink(),
+        lambda folder: (folder / "saved_model.pb").unlink(),
+        lambda folder: (folder / "variables/new.pkl").write_bytes(b"x"),
+    ):
+        folder = cache.fetch_url(site.version)
+        damage(folder)
+        caplog.clear()
+        assert cache.fetch_url(site.version) == folder
+        assert_same_folder(folder, site.folder)
+        assert len([m for m in caplog.messages if "downloading it again" in m]) == 1
+        assert leftovers() == []
+    # While it cannot be had the damaged one stays where it is.
+    (folder / DATA).write_bytes(b"x")
+    site.faults[site.data] = [http.status(404)]
+    assert "404" in one_line(cache.fetch_url, site.version)
+    assert (folder / DATA).read_bytes() == b"x"
+
+
+def test_a_version_of_the_index(site):
+    listing = listing_of(site.folder)
+    fetch = cache.fetch_version, "rn18_etf.x", 1, [f"{site.url}/none", site.version], listing
+    folder = fetch[0](*fetch[1:])  # the first address has nothing
+    assert folder == cache.home() / "rn18_etf.x/1"
+    assert_same_folder(folder, site.folder)
+    (folder / DATA).write_bytes(b"x")
+    assert_same_folder(fetch[0](*fetch[1:]), site.folder)
+    assert "has no address" in one_line(cache.fetch_version, "rn18_etf.y", 1, [], listing)
+
+
+def test_the_hashes_of_the_index_count(site):
+    """Not those that the server sends along."""
+    listing = listing_of(site.folder)
+    make_version(site.folder, seed=1)
+    text = one_line(cache.fetch_version, "rn18_etf.x", 1, [site.version], listing)
+    assert "is not the published file" in text and leftovers() == []
+
+
+def test_a_model_of_the_user_is_never_replaced(site):
+    """It has the name and number of one in the index."""
+    own = make_version(cache.home() / "rn18_etf.x/1", seed=3)
+    before = (own / DATA).read_bytes()
+    text = one_line(cache.fetch_version, "rn18_etf.x", 1, [site.version], listing_of(site.folder))
+    assert f"{own} is not the published rn18_etf.x@1" in text and "rename or delete" in text
+    assert (own / DATA).read_bytes() == before and site.requests == []
+
+
+def test_not_enough_space(site):
+    document = json.loads((site.folder / manifest.NAME).read_text())
+    document["files"][DATA]["size"] = 10**18
+    (site.folder / manifest.NAME).write_text(json.dumps(document, indent=1) + "\n")
+    text = one_line(cache.fetch_url, site.version)
+    assert "the download needs 1,000,000,000,000 MB" in text and "free some space" in text
+    assert site.data not in site.paths() and leftovers() == []
+
+
+def test_a_disk_that_fills_up(site, tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", "200k") as disk:
+        monkeypatch.setenv("ETFZOO_HOME", str(disk / "cache"))
+        assert "needs 0 MB" in one_line(cache.fetch_url, site.version)
+        monkeypatch.setattr(download, "check_free_space", lambda *args: None)
+        assert "No space left on device" in one_line(cache.fetch_url, site.version)
+        assert leftovers() == []
+
+
+def test_a_cache_that_cannot_be_written(site, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ETFZOO_HOME", str(tmp_path / "file"))
+    assert "cannot create directory" in one_line(cache.fetch_url, site.version)
+
+
+def test_what_an_earlier_download_left(site):
+    """Its whole files are kept, its halves go on, and everything else goes."""
+    site.faults[site.data] = [http.drop(100_000), http.status(500)]
+    one_line(cache.fetch_url, site.version)
+    (temporary,) = cache.home().rglob(".download-*/files")
+    os.symlink("/etc/passwd", temporary / "assets/link.txt")
+    (temporary / "left.pkl").write_bytes(b"x")
+    (temporary / "saved_model.pb").unlink()
+    os.symlink(site.folder / "saved_model.pb", temporary / "saved_model.pb")
+    site.requests.clear()
+    site.faults.clear()
+    folder = cache.fetch_url(site.version)
+    assert_same_folder(folder, site.folder)
+    assert not (folder / "saved_model.pb").is_symlink() and leftovers() == []
+    assert [r for p, r in site.requests if p == site.data] != [None]
+    assert not [p for p in site.paths() if p.endswith("etfzoo.json")]
+
+
+def test_a_part_of_another_file_starts_anew(site):
+    site.faults[site.data] = [http.drop(100_000), http.status(500)]
+    one_line(cache.fetch_url, site.version)
+    (part,) = cache.home().rglob("variables.data*")
+    part.write_bytes(bytes(len(part.read_bytes())))
+    site.faults.clear()
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+
+
+FETCH = "import sys; from etfzoo.zoo import cache as hub; print(hub.fetch_url(sys.argv[1]))"
+
+
+def start_fetch(address):
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "ETFZOO_TIMEOUT": "20"}
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCH, address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_kill_in_the_middle_of_a_download(site):
+    """The next one takes over at once and asks for the rest only."""
+    make_version(site.folder, size=6_000_000)
+    site.faults[site.data] = [http.slowly(100_000, 0.02), http.good]
+    process = start_fetch(site.version)
+    deadline = time.monotonic() + 60
+    while sum(p.stat().st_size for p in cache.home().rglob("variables.data*")) < 2_000_000:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+    (_, again) = [r for p, r in site.requests if p == site.data]
+    assert int(again[6:-1]) >= 2_000_000
+    assert leftovers() == []
+
+
+def test_two_processes_at_once(site):
+    make_version(site.folder, size=4_000_000)
+    site.faults[site.data] = [http.slowly(50_000, 0.05)]
+    processes = [start_fetch(site.version) for _ in range(2)]
+    outputs = [p.communicate(timeout=120) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+    assert leftovers() == []
+    assert site.paths().count(site.data) == 1
+    assert sum("waiting for it" in err for _, err in outputs) == 1
+
+
+def test_tensorflows_file_systems(site, monkeypatch):
+    """The code of gs:// on TensorFlow's file system in memory; Google's was never asked."""
+    import tensorflow as tf
+
+    base = "ram://bucket/rn18_etf.x/1"
+    for name in listing_of(site.folder):
+        tf.io.gfile.makedirs(os.path.dirname(f"{base}/{name}"))
+        with tf.io.gfile.GFile(f"{base}/{name}", "wb") as file:
+            file.write((site.folder / name).read_bytes())
+    monkeypatch.setattr(download, "_open_http", None)
+    open_gfile = download._open_gfile
+    to_ram = lambda url, start: open_gfile(url.replace("gs://", "ram://"), start)  # noqa: E731
+    monkeypatch.setattr(download, "_open_gfile", to_ram)
+    assert_same_folder(cache.fetch_url("gs://bucket/rn18_etf.x/1"), site.folder)
+    text = one_line(cache.fetch_url, "gs://bucket/none/1")
+    assert "//bucket/none/1/assets.extra/files.json: NotFoundError" in text and leftovers() == []
+
+
+def test_hugging_face(site, tmp_path, monkeypatch):
+    """huggingface_hub's addresses at a server of this machine; Hugging Face was never asked."""
+    pytest.importorskip("huggingface_hub")
+    folder = site.root / "owner/repo/resolve/v1/models/1"
+    folder.parent.mkdir(parents=True)
+    os.rename(site.folder, folder)
+    code = "import sys; from etfzoo.zoo import cache as hub; print(hub.fetch_url('hf://owner/repo/models/1@v1'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_ENDPOINT": site.url, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert_same_folder(cache.home() / "urls" / os.path.basename(run.stdout.strip()), folder)
+
+
+def test_hugging_face_without_its_package(site, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    text = one_line(cache.fetch_url, "hf://owner/repo/1")
+    assert "pip install 'etfzoo[hf]'" in text and leftovers() == []

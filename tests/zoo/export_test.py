@@ -1,0 +1,145 @@
+"""Tests of the exports: ONNX against ONNX Runtime, .keras files in Keras alone, and the recipe."""
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import onnxruntime
+import pytest
+import tensorflow as tf
+
+import etfzoo
+from etfzoo.zoo import export as formats
+from testing import CHECKOUT, assert_close, fresh_python, leftovers, small_disk
+from testing import make_classifier as make
+from testing import random_pixels as pixels
+
+
+def run_onnx(path, images):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (name,) = [output.name for output in session.get_outputs()]
+    return name, session.run(None, {"images": images})[0], session
+
+
+@pytest.mark.parametrize(
+    "head, changes",
+    [("etf", {}), ("linear", {"norm": "sw"}), (None, {}), ("linear", {"dtype": "mixed_bfloat16"})],
+)
+def test_onnx(tmp_path, head, changes):
+    path = tmp_path / "model.onnx"
+    model = make(head, **changes)
+    formats.export_onnx(model, path)
+    single = make(head, **(changes | {"dtype": "float32"}))
+    for n in (1, 3):
+        name, outputs, session = run_onnx(path, pixels(n))
+        assert name == ("features" if head is None else "logits")
+        assert_close(outputs, single(pixels(n)))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert (
+        etfzoo.models.classifier.ClassifierSpec.from_dict(json.loads(metadata["spec"]))
+        == model.spec
+    )
+    names = json.loads(metadata["class_names"])
+    assert names == (list(model.spec.class_names) if head else None)
+    assert formats.onnx_difference(model, path) <= 1e-5
+    # Another model's file is noticed.
+    assert formats.onnx_difference(make(head, seed=2, **changes), path) > 1e-2
+    assert leftovers(tmp_path) == ["model.onnx"]
+
+
+def test_onnx_of_any_size(tmp_path):
+    model = make(None, input_shape=(None, None, 3))
+    formats.export_onnx(model, tmp_path / "model.onnx")
+    for side in (32, 49):
+        assert_close(
+            run_onnx(tmp_path / "model.onnx", pixels(2, side=side))[1], model(pixels(2, side=side))
+        )
+
+
+def test_onnx_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(etfzoo.EtfzooError, match=r"needs tf2onnx: pip install 'etfzoo\[onnx\]'"):
+        formats.export_onnx(make(), tmp_path / "model.onnx")
+    assert leftovers(tmp_path) == []
+
+
+def test_full_disk(tmp_path):
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        for export, name in ((formats.export_onnx, "m.onnx"), (formats.export_keras, "m.keras")):
+            with pytest.raises(etfzoo.EtfzooError, match="cannot write .*No space left on device"):
+                export(make(), disk / name)
+            assert leftovers(disk) == []
+
+
+LOAD = """
+import sys
+import keras, numpy as np
+model = keras.saving.load_model(sys.argv[1])
+assert not [name for name in sys.modules if name.startswith("etfzoo")]
+np.save(sys.argv[2], model.predict(np.load(sys.argv[3]), verbose=0))
+print(sorted({type(layer).__module__.split(".")[0] for layer in model.layers}))
+"""
+
+
+@pytest.mark.parametrize(
+    "head, feature_norm", [("etf", "none"), ("etf", "bn_l2"), ("linear", None)]
+)
+def test_keras_file_in_keras_alone(tmp_path, head, feature_norm):
+    model = make(head, **({"feature_norm": feature_norm} if feature_norm else {}))
+    formats.export_keras(model, tmp_path / "model.keras")
+    assert leftovers(tmp_path) == ["model.keras"]
+    np.save(tmp_path / "x.npy", pixels())
+    fresh_python(LOAD, tmp_path / "model.keras", tmp_path / "y.npy", tmp_path / "x.npy")
+    assert_close(np.load(tmp_path / "y.npy"), model(pixels()))
+
+
+def test_keras_file_with_switchable_whitening(tmp_path):
+    """Keras has no such layer: reading the file takes etfzoo."""
+    model = make("linear", norm="sw")
+    formats.export_keras(model, tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(loaded(pixels()), model(pixels()))
+    foreign = {type(x).__name__ for x in loaded.layers if type(x).__module__.startswith("etfzoo")}
+    assert foreign == {"SwitchableWhitening"}
+
+
+def test_keras_file_of_another_name(tmp_path):
+    with pytest.raises(etfzoo.EtfzooError, match="name ends in .keras; got .*model.h5"):
+        formats.export_keras(make(), tmp_path / "model.h5")
+
+
+def export(*flags):
+    return subprocess.run(
+        [sys.executable, "recipes/export.py", *map(str, flags)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_recipe(tmp_path):
+    model = make()
+    version = etfzoo.publish(model, tmp_path / "rn18_etf.x")
+    onnx = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/new/m.onnx")
+    assert onnx.returncode == 0, onnx.stderr
+    assert "ONNX Runtime differs from Keras by" in onnx.stdout
+    assert_close(run_onnx(tmp_path / "new/m.onnx", pixels())[1], model(pixels()))
+
+
+@pytest.mark.slow
+def test_recipe_with_other_flags(tmp_path):
+    model = make()
+    version = etfzoo.publish(model, tmp_path / "rn18_etf.x")
+    (tmp_path / "m.onnx").touch()
+    again = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/m.onnx")
+    assert again.returncode == 2
+    assert again.stderr == f"error: {tmp_path}/m.onnx already exists; choose another --output\n"
+    half = export(f"--model={version}", "--storage=float16", f"--output={tmp_path}/half")
+    assert half.returncode == 0, half.stderr
+    served = tf.saved_model.load(str(tmp_path / "half" / "1"))
+    logits = served.signatures["serving_default"](images=pixels())["logits"]
+    assert_close(logits, model(pixels()), 1e-2)
+    bad = export(f"--model={version}", "--format=tflite")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: unknown format 'tflite'")

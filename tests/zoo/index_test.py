@@ -1,0 +1,162 @@
+"""Tests of the index: what it refuses, how it grows, and loading by its names."""
+
+import os
+
+import numpy as np
+import pytest
+
+import etfzoo
+import mutations
+import server as http
+from etfzoo.zoo import index, manifest
+from testing import fresh_python, randomize
+
+ROW = {
+    "dataset": "shapes/source",
+    "num_classes": 3,
+    "input_shape": [32, 32, 3],
+    "head": "etf",
+    "command": "python recipes/pretrain.py",
+    "metrics": {"top1": 0.5},
+    "licence": "CC0-1.0",
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomize(etfzoo.build_classifier("rn18", 3, input_shape=(32, 32, 3)), fixed=True)
+
+
+@pytest.fixture(scope="module")
+def site(model, tmp_path_factory):
+    """A server of `rn18_etf.x/1`, and the fields of that version in an index."""
+    root = tmp_path_factory.mktemp("site")
+    folder = etfzoo.publish(model, root / "rn18_etf.x", licence="CC0-1.0")
+    listing = manifest.read(folder) | {manifest.NAME: manifest.entry_of(folder / manifest.NAME)}
+    with http.serve(root) as server:
+        server.published = {
+            "urls": [f"{server.url}/rn18_etf.x/1"],
+            "files": manifest.as_json(listing),
+            "metrics": {"top1": 0.25},
+            "created": "2026-01-01T00:00:00+00:00",
+        }
+        server.size = sum(entry.size for entry in listing.values())
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def own_index(tmp_path, monkeypatch):
+    path = tmp_path / "zoo/index.json"
+    path.parent.mkdir()
+    monkeypatch.setenv("ETFZOO_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ETFZOO_INDEX", str(path))
+    monkeypatch.delenv("ETFZOO_OFFLINE", raising=False)
+    return path
+
+
+def refused(call, *args):
+    with pytest.raises(etfzoo.EtfzooError) as error:
+        call(*args)
+    assert str(error.value).isprintable() and len(str(error.value)) < 900
+    return str(error.value)
+
+
+def test_adding_versions(own_index, site):
+    index.add(own_index, "rn18_etf.x", 1, ROW, site.published)
+    index.add(own_index, "rn18_etf.x", 3, ROW | {"licence": "MIT"}, site.published)
+    index.add(own_index, "rn18_etf.y", 1, ROW, site.published)
+    found = index.load(own_index)
+    assert found.index_version == 3 and found.defaults == {"rn18_etf": "x"}
+    row = found.models["rn18_etf.x"]
+    assert (row.tag, row.licence, set(row.versions)) == ("x", "MIT", {1, 3})
+    assert row.versions[1].files[manifest.NAME].size > 0
+    before = own_index.read_bytes()
+    assert "has a version 1 of rn18_etf.x already" in refused(
+        index.add, own_index, "rn18_etf.x", 1, ROW, site.published
+    )
+    assert "broken: urls of version 2" in refused(
+        index.add, own_index, "rn18_etf.x", 2, ROW, site.published | {"urls": ["file:///x"]}
+    )
+    assert own_index.read_bytes() == before
+    assert os.listdir(own_index.parent) == ["index.json"]
+    everything = index.read().models
+    assert {"rn18_etf.x", "rn50_etf.in1k"} <= everything.keys()  # beside those of the package
+
+
+@pytest.mark.parametrize("name", mutations.DOCUMENTS)
+def test_what_is_no_index(own_index, name):
+    own_index.write_bytes(mutations.DOCUMENTS[name])
+    assert str(own_index) in refused(etfzoo.list_models)
+
+
+def test_no_index_there(own_index):
+    assert f"index {own_index} cannot be read: No such file" in refused(etfzoo.load, "rn18_etf.x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rn18_etf", "rn19_etf.x", "rn18_eft.x", "rn18_etf.", "rn18_etf.x.y", "rn18_etf./x", "../x"]
+    + ["rn18_etf.x@1", "RN18_etf.x", "rn18_etf.x\n", ""],
+)
+def test_names(name):
+    assert "is no name for a model" in refused(index.check_name, name)
+    assert index.check_name("rn101_sw.tiny100_64-b") == ("rn101", "sw", "tiny100_64-b")
+
+
+def test_loading_by_a_name_of_the_index(own_index, site, model, tmp_path):
+    index.add(own_index, "rn18_etf.x", 1, ROW, site.published)
+    found = etfzoo.info("rn18_etf")
+    assert not (tmp_path / "cache").exists() and site.requests == []
+    assert found["size_bytes"] == site.size
+    expected = {"name": "rn18_etf.x", "version": 1, "path": None, "published": True}
+    expected |= {"dataset": "shapes/source", "metrics": {"top1": 0.25}, "licence": "CC0-1.0"}
+    assert found | expected == found and found["spec"]["head"] == "etf"
+
+    loaded = etfzoo.load("rn18_etf")
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    np.testing.assert_array_equal(loaded(images), model(images))
+    folder = tmp_path / "cache/rn18_etf.x/1"
+    assert etfzoo.info("rn18_etf.x")["path"] == str(folder)
+    assert "# rn18_etf.x, version 1" in etfzoo.info("rn18_etf.x@1")["card"]
+    assert "has no version 2 here; it has: 1" in refused(etfzoo.load, "rn18_etf.x@2")
+    assert etfzoo.load("rn18_etf.x", load_weights=False).spec == model.spec
+
+    # A damaged file in the cache is noticed by the hashes of the index and fetched again.
+    data = folder / "variables/variables.data-00000-of-00001"
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    np.testing.assert_array_equal(etfzoo.load("rn18_etf.x")(images), model(images))
+
+
+def test_a_newer_version_is_said(own_index, site, tmp_path, caplog):
+    caplog.set_level("INFO", "etfzoo")
+    index.add(own_index, "rn18_etf.x", 1, ROW, site.published)
+    etfzoo.load("rn18_etf.x")
+    index.add(own_index, "rn18_etf.x", 2, ROW, site.published)
+    caplog.clear()
+    assert etfzoo.info("rn18_etf.x")["version"] == 1  # what is here is taken
+    assert caplog.messages == ["rn18_etf.x@2 is newer than version 1 here and published"]
+    assert etfzoo.info("rn18_etf.x@2")["path"] is None
+
+
+def test_offline(own_index, site, monkeypatch):
+    index.add(own_index, "rn18_etf.x", 1, ROW, site.published)
+    monkeypatch.setenv("ETFZOO_OFFLINE", "1")
+    message = refused(etfzoo.load, "rn18_etf.x")
+    assert "rn18_etf.x@1 is not in " in message and "ETFZOO_OFFLINE" in message
+    monkeypatch.delenv("ETFZOO_OFFLINE")
+    etfzoo.load("rn18_etf.x")
+    monkeypatch.setenv("ETFZOO_OFFLINE", "1")
+    assert etfzoo.load("rn18_etf.x").spec.num_classes == 3
+
+
+def test_an_address_as_a_handle(site, model, tmp_path):
+    """In a fresh process, as a user calls it; nothing is on stdout but what the user prints."""
+    pin = site.published["files"][manifest.NAME]["sha256"]
+    code = "import sys, etfzoo; print(etfzoo.load(sys.argv[1]).spec.num_classes)"
+    address = f"{site.published['urls'][0]}#sha256={pin}"
+    out = fresh_python(code, address, ETFZOO_INDEX="", ETFZOO_HOME=str(tmp_path / "cache"))
+    assert out == "3\n"
+    found = etfzoo.info(site.published["urls"][0])
+    assert (found["name"], found["version"]) == ("rn18_etf.x", 1)

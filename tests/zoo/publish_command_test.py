@@ -1,0 +1,250 @@
+"""Tests of recipes/publish.py as a user calls it, of the card and of what a run records."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import etfzoo
+from etfzoo import files
+from etfzoo.models import checkpoint
+from etfzoo.runtime import hardware
+from etfzoo.training import loop, release
+from etfzoo.training.config import TrainConfig
+from etfzoo.zoo import card, index, manifest
+from testing import CHECKOUT, randomize
+
+NAME = "rn18_etf.digits"
+
+
+def publish(*flags, code=0, **environment):
+    run = subprocess.run(
+        [sys.executable, str(CHECKOUT / "recipes/publish.py"), *map(str, flags)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == code, run.stdout + run.stderr[-3000:]
+    if code:
+        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    return run.stderr if code else run.stdout
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """What a finished training leaves, by the functions that write it; only nothing was learnt."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    config = TrainConfig("digits", "/some/place", backbone="rn18", image_size=32, epochs=1)
+    loop.claim_workdir(config, folder)
+    model = randomize(etfzoo.build_classifier("rn18", 10, input_shape=(32, 32, 3)), fixed=True)
+    checkpoint.CheckpointManager(folder).save(7, model, None, {})
+    hardware.write(folder, 12.5)
+    files.write_text(folder / "result.json", json.dumps({"top1": 0.25, "examples": 1297}))
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_what_a_run_records(workdir):
+    found = hardware.read(workdir)
+    assert found.keys() == {"hardware", "seconds", "command"}
+    assert f"{os.cpu_count()} cores" in found["hardware"] and found["seconds"] == 12.5
+    document = json.dumps(found | {"command": "python first.py"})
+    files.write_text(workdir / hardware.NAME, document)
+    hardware.write(workdir, 12.5)  # by a process that goes on
+    assert hardware.read(workdir)["command"] == "python first.py"
+
+
+def test_the_command_leaves_out_the_places_of_a_machine():
+    argv = [str(CHECKOUT / "recipes/pretrain.py"), "--head=etf", "--workdir=/home/me/run"]
+    argv += ["--data_dir", "/data", "-workdir=x", "--dataset=folder:my photos"]
+    command = hardware._command(argv)
+    assert command == "python recipes/pretrain.py --head=etf '--dataset=folder:my photos'"
+    assert hardware._command(["/home/me/train.py", "1"]) == "python train.py 1"
+
+
+def test_a_published_command_names_no_folder_of_the_machine():
+    flags = "--model=/home/me/runs/a --init ../b/ '--dataset=folder:~/my photos' --i=runs/c"
+    found = release._without_places(f"python train.py {flags} --model=https://a.b/c --o=k=/d/e")
+    assert found == (
+        "python train.py --model=a --init b '--dataset=folder:my photos' --i=runs/c "
+        "--model=https://a.b/c --o=k=e"
+    )
+
+
+@pytest.mark.slow
+def test_from_a_workdir_to_a_name(workdir, tmp_path):
+    """With the commands of the README: publish, serve the folder, load by name elsewhere."""
+    zoo = tmp_path / "zoo"
+    flags = f"--workdir={workdir}", f"--name={NAME}", f"--models_dir={zoo}"
+    listed = f"--index={zoo}/index.json", "--url=http://127.0.0.1:9/zoo/"
+    out = publish(*flags, *listed, "--licence=CC0-1.0")
+    folder = zoo / NAME / "1"
+    pin = manifest.sha256(folder / manifest.NAME)
+    assert f"published {folder} (" in out and "the same bit for bit" in out
+    assert f"http://127.0.0.1:9/zoo/{NAME}/1#sha256={pin}" in out
+    assert sorted(p.name for p in zoo.iterdir()) == ["index.json", NAME]
+    assert sorted(p.name for p in (zoo / NAME).iterdir()) == ["1", "README.md"]
+    assert (zoo / NAME / "README.md").read_text() == (folder / "README.md").read_text()
+
+    result = json.loads((workdir / "result.json").read_text())
+    found = etfzoo.info(folder)
+    assert found["metrics"] == result | {"split": "test"}
+    made = found["provenance"]
+    assert (made["dataset"], made["seed"], made["init"]) == ("digits", 0, None)
+    assert made["config"]["epochs"] == 1 and made["command"] and "data_dir" not in made["config"]
+    assert made | hardware.read(workdir) == made
+    row = index.load(zoo / "index.json").models[NAME]
+    assert row.licence == found["licence"] == "CC0-1.0" and row.metrics["top1"] == result["top1"]
+    assert row.versions[1].urls == (f"http://127.0.0.1:9/zoo/{NAME}/1",)
+    assert row.versions[1].files.keys() == {
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+    }
+
+    before = contents(zoo)
+    message = publish(*flags, *listed, "--version=1", code=2)
+    assert f"{folder} already exists; choose another --version" in message
+    assert contents(zoo) == before
+
+    entry = {"index_path": zoo / "index.json", "url": "http://127.0.0.1:9/zoo"}
+    assert release.release(folder, NAME, zoo, **entry) == zoo / NAME / "2"
+    assert set(index.load(zoo / "index.json").models[NAME].versions) == {1, 2}
+    assert etfzoo.info(zoo / NAME / "2")["provenance"] == made
+    assert "version 2" in (zoo / NAME / "README.md").read_text()
+    model, again = checkpoint.load_model(workdir), etfzoo.load(zoo / NAME / "2")
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    np.testing.assert_array_equal(model(images), again(images))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--workdir=x", "--model=y"], "say what to publish: --workdir=DIR or --model=HANDLE"),
+        (["--workdir=nowhere", f"--name={NAME}"], "unknown model 'nowhere'"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path):
+    assert message in publish(*flags, f"--models_dir={tmp_path}/zoo", code=2)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_refused(workdir, tmp_path):
+    zoo = tmp_path / "zoo"
+    unfinished = shutil.copytree(workdir, tmp_path / "unfinished")
+    (unfinished / "result.json").unlink()
+    (tmp_path / "bad.json").write_text("[]")
+    for arguments, options, message in [
+        ((unfinished, NAME), {}, "is not finished"),
+        ((workdir, "rn50_etf.digits"), {}, "is no name for this model: it is a rn18 with bn and"),
+        ((workdir, "rn18_linear.digits"), {}, "is no name for this model"),
+        ((workdir, "rn18_sw.digits"), {}, "is no name for this model"),
+        ((workdir, NAME), {"index_path": zoo / "i.json"}, "an index entry needs both"),
+        ((workdir, NAME), {"url": "http://x"}, "an index entry needs both"),
+        ((workdir, NAME), {"index_path": tmp_path / "bad.json", "url": "http://x"}, "is no index"),
+        ((workdir, NAME), {"version": 0}, "version must be a positive integer"),
+        ((workdir, NAME), {"storage": "int8"}, "storage"),
+    ]:
+        with pytest.raises(etfzoo.EtfzooError, match=message):
+            release.release(*arguments, zoo, **options)
+        assert not zoo.exists() or not os.listdir(zoo), message
+
+
+@pytest.mark.parametrize(
+    "step, existing",
+    [
+        ("check", False),
+        ("index", True),
+        pytest.param("check", True, marks=pytest.mark.slow),
+        pytest.param("card", False, marks=pytest.mark.slow),
+        pytest.param("card", True, marks=pytest.mark.slow),
+        pytest.param("index", False, marks=pytest.mark.slow),
+    ],
+)
+def test_on_failure_nothing_is_left(workdir, tmp_path, monkeypatch, step, existing):
+    zoo = tmp_path / "zoo"
+    entry = {"index_path": zoo / "index.json", "url": "http://x"}
+    zoo.mkdir()
+    if existing:
+        release.release(workdir, NAME, zoo, **entry)
+    before = contents(zoo)
+    text = (zoo / NAME / "README.md").read_text() if existing else None
+
+    def fail(*args, **kwargs):
+        raise etfzoo.EtfzooError("it failed")
+
+    if step == "check":  # a real difference: one weight of the model in memory has changed since
+        publish_it = release.export.publish
+
+        def publish_and_change(model, *args, **kwargs):
+            written = publish_it(model, *args, **kwargs)
+            bias = model.get_layer("conv1_bn").beta
+            bias.assign(bias + 1)
+            return written
+
+        monkeypatch.setattr(release.export, "publish", publish_and_change)
+    elif step == "card":
+        real = files.atomic
+
+        def write(path, content):  # only the card's place cannot be written
+            if path == zoo / NAME / "README.md":
+                fail()
+            with real(path) as file:
+                file.write(content.encode())
+
+        monkeypatch.setattr(files, "write_text", write)
+    else:
+        monkeypatch.setattr(index, "add", fail)
+    message = "1 weights differ, conv1_bn/beta" if step == "check" else "it failed"
+    with pytest.raises(etfzoo.EtfzooError, match=message):
+        release.release(workdir, NAME, zoo, **entry)
+    monkeypatch.undo()
+    after = contents(zoo)
+    assert after.keys() == before.keys()
+    if existing:
+        assert (zoo / NAME / "README.md").read_text() == text
+        assert set(index.load(zoo / "index.json").models[NAME].versions) == {1}
+
+
+def test_the_card_of_a_model_of_which_nothing_is_known(tmp_path):
+    model = randomize(etfzoo.build_classifier("rn18", 3, input_shape=(32, 32, 3)))
+    text = (etfzoo.publish(model, tmp_path / "rn18_etf.x") / "README.md").read_text()
+    for title in ("Trained on", "Started from", "Command", "Seed", "Hardware", "Training time"):
+        assert f"| {title} | unknown |" in text
+    assert "| Licence of the weights | unknown |" in text
+    assert "## Accuracy\n\nUnknown.\n" in text and "%" not in text
+    assert "fixed ETF head, 3 classes, RGB images of 32 x 32 pixels" in text
+
+
+def test_the_card_shows_what_is_known(tmp_path):
+    spec = etfzoo.build_classifier("rn18", None, head=None, input_shape=(None, None, 3)).spec
+    metadata = {
+        "spec": spec,
+        "provenance": {
+            "dataset": "a|b",
+            "init": "rn18_etf.in1k",
+            "command": "python x.py",
+            "hardware": "2 x GPU",
+            "seconds": 7261,
+            "limits": "Only digits.",
+        },
+        "metrics": {"top1": 0.125, "examples": 8, "split": "test"},
+    }
+    text = card.text("rn18_etf.x", 4, metadata)
+    for part in (
+        "# rn18_etf.x, version 4",
+        "no head: pooled features, RGB images of any size",
+        "| Trained on | a\\|b |",
+        "| Started from | rn18_etf.in1k |",
+        "| Training time | 2 h 1 min |",
+        "On 8 images of the test split:\n\n- Top-1: 12.50 %\n",
+        "## Limits\n\nOnly digits.\n",
+    ):
+        assert part in text
+    assert "decode_predictions" not in text

@@ -47,7 +47,7 @@ def write_photographs(folder, count):
 
 def pipelines(folder, batch):
     """`epoch(number)` by kind: reads all batches, and returns the number of images."""
-    from etfzoo.data.augment import Augmentation
+    from etfzoo.data.augmentation import Augmentation
     from etfzoo.data.mixing import Mixing
     from etfzoo.data.pipeline import Pipeline
     from etfzoo.data.sources import resolve

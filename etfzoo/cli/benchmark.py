@@ -23,8 +23,8 @@ import tempfile
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.models.table import METHODS
 
-METHODS = {"linear": ("linear", "bn"), "etf": ("etf", "bn"), "sw": ("linear", "sw")}
 GRID = ("backbone", "method", "mixed_precision", "image_size", "batch_size", "jit_compile")
 HEADER = [
     "model", "precision", "px", "batch", "step by XLA", "training, images/s", "inference, images/s",

@@ -1,18 +1,24 @@
 """From flags to what the library takes, and what the commands print alike."""
 
+import dataclasses
 import os
+import typing
 
 import etfzoo
 from etfzoo.cli.flags import FLAGS
+from etfzoo.data.datasets import DATASETS
+from etfzoo.training import protocols
+from etfzoo.training.config import TrainConfig, kind_of
 
 
 def open_strategy(settings):
     """The strategy of flags or of a TrainConfig; to be called before TensorFlow computes."""
     from etfzoo.runtime.strategy import best_here, get_strategy
 
-    if settings.strategy == "auto":
+    name = settings.strategy or "auto"
+    if name == "auto":
         print(f"strategy: {best_here(settings.tpu)}", flush=True)
-    return get_strategy(settings.strategy, settings.tpu, settings.num_virtual_devices)
+    return get_strategy(name, settings.tpu, settings.num_virtual_devices)
 
 
 def print_profile(config):
@@ -41,19 +47,11 @@ def train_config(task, **known):
         task: `"pretrain"` or `"finetune"`: which half of the protocol.
         **known: fields that are not flags, or whose flag lists several values.
     """
-    import dataclasses
-
-    from etfzoo.data.datasets import DATASETS
-    from etfzoo.training import protocols
-    from etfzoo.training.config import TrainConfig
-
     given = {
-        f.name: FLAGS[f.name].value
-        for f in dataclasses.fields(TrainConfig)
-        if f.name in FLAGS and not isinstance(FLAGS[f.name].value, list | None)
+        field.name: _value(field)
+        for field in dataclasses.fields(TrainConfig)
+        if field.name in FLAGS and field.name not in known and FLAGS[field.name].value is not None
     }
-    if FLAGS.image_size_schedule is not None:
-        known["image_size_schedule"] = _size_schedule(FLAGS.image_size_schedule)
     if FLAGS.config:
         given = {name: value for name, value in given.items() if FLAGS[name].present}
         return dataclasses.replace(TrainConfig.load(FLAGS.config), **(given | known))
@@ -64,12 +62,20 @@ def train_config(task, **known):
     return TrainConfig(**(defaults | values))
 
 
-def _size_schedule(texts) -> list[tuple[int, int]]:
+def _value(field):
+    """A setting's value as its flag gives it."""
+    value, (kind, _) = FLAGS[field.name].value, kind_of(field)
+    if not isinstance(value, list):
+        return value
+    (part, *_) = typing.get_args(kind)
     try:
-        return [(int(size), int(epochs)) for size, epochs in (t.split(":") for t in texts if t)]
+        if typing.get_args(part):
+            return [tuple(int(n) for n in text.split(":")) for text in value if text]
+        return [part(text) for text in value if text]
     except ValueError as error:
         raise etfzoo.EtfzooError(
-            f"--image_size_schedule is size:epochs, several separated by commas; got {texts}"
+            f"--{field.name} takes {'size:epochs pairs' if typing.get_args(part) else 'numbers'} "
+            f"separated by commas; got {','.join(value)!r}"
         ) from error
 
 
@@ -94,8 +100,6 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
 
 def print_assumed(config, task):
     """Says which settings the protocol's source leaves open, and what no setting tells."""
-    from etfzoo.training import protocols
-
     assumed = protocols.assumed(config.protocol, task)
     if assumed:
         values = ", ".join(f"{name}={getattr(config, name)}" for name in assumed)

@@ -139,12 +139,9 @@ def run():
     """Defines the flags and runs the command."""
     flags.strings("Model", "models", None, "pretrained models, or workdirs of their fine-tunings")
     flags.strings("Model", "names", None, "what they are called (default: the last part of each)")
-    flags.string("Model", "head", "linear", "the new head: linear or etf")
-    flags.data_flags("oxford_flowers102")
+    flags.settings("head", head="linear")
     flags.string(
         "Data", "split", "test", "split or role (the paper does not say which): train or test"
     )
-    flags.training_flags("standard")
-    flags.numbers("Training", "learning_rate", None, "one, or several to pick from")
-    flags.numbers("Training", "weight_decay", None, "one, or several to pick from")
+    flags.training_flags("standard", "oxford_flowers102", lists=("learning_rate", "weight_decay"))
     app.run(main, __doc__)

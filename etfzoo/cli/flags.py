@@ -1,8 +1,21 @@
 """Flags of the commands, in groups of the help page."""
 
+import dataclasses
+
 from absl import flags
 
+from etfzoo.training.config import TrainConfig, kind_of
+from etfzoo.training.protocols import PROTOCOLS, settings_of_rows
+
 FLAGS = flags.FLAGS
+DEFINE = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+}
+# Settings that some protocol gives.
+FROM_PROTOCOL = settings_of_rows()
 GROUPS: dict[str, list[str]] = {}
 
 
@@ -41,98 +54,65 @@ def boolean(group, name, default, help_text):
     _define(group, flags.DEFINE_bool, name, default, help_text)
 
 
-def data_flags(dataset):
-    """Which images, and where they are."""
-    string(
-        "Data",
-        "dataset",
-        dataset,
-        "imagenet2012, imagenet_resized/64x64, tiny_imagenet (see recipes/prepare.py), cifar100, "
-        "cifar10, stl10, svhn_cropped, oxford_iiit_pet, oxford_flowers102, dtd, the embedded "
-        "shapes/source, shapes/textures, shapes/outlines and digits; any other TFDS name or "
-        "prepared TFDS folder; or folder:PATH with one subfolder of images a class",
-    )
-    string("Data", "data_dir", None, "TFDS data directory (default: TFDS's own)")
+def settings(*names, lists=(), **defaults):
+    """Defines flags of settings of a run, as `TrainConfig` declares them.
+
+    Left alone they are None, and the value comes from the protocol, the data set's row or the
+    declaration (see `etfzoo.cli.configs.train_config`).
+
+    Args:
+        *names: of fields of TrainConfig.
+        lists: those of them that take one value or several to pick from.
+        **defaults: of flags that have one, by name.
+    """
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name in names:
+        field, default = fields[name], defaults.get(name)
+        kind, _ = kind_of(field)
+        text = field.metadata["help"]
+        if name == "protocol":
+            text = f"{', '.join(PROTOCOLS)}: {text}"
+        if name in lists:
+            text += "; or several to pick from, separated by commas"
+        several = name in lists or kind not in DEFINE
+        define = flags.DEFINE_list if several else DEFINE[kind]
+        if default is None and "(default" not in text and field.default is not dataclasses.MISSING:
+            shown = _shown(field.default) if name not in FROM_PROTOCOL else "the protocol's"
+            text += f" (default: {shown})" if shown != "" else ""
+        _define(field.metadata["group"], define, name, default, text)
 
 
-def training_flags(protocol):
-    """Flags with the names of TrainConfig's fields; unset ones come from the protocol."""
-    string("Data", "augment", None, "resized_crop, shift or none (default: the protocol's)")
-    real("Data", "min_area", None, "smallest share of the image in a resized crop")
-    boolean(
-        "Data",
-        "antialias",
-        None,
-        "filter resized crops as evaluation does (default: yes)",
-    )
-    boolean("Data", "flip", None, "mirror half of the images (default: the data set's row)")
-    boolean("Data", "skip_corrupt", None, "check every image first and leave out broken ones")
-    integer("Data", "image_size", None, "height and width in pixels (default: the protocol's)")
-    strings(
-        "Data",
-        "image_size_schedule",
-        None,
-        "size:epochs pairs for the start of a training, e.g. 32:10; the other epochs and "
-        "evaluation are at image_size",
-    )
-    string(
-        "Training",
-        "protocol",
-        protocol,
-        "paper, paper_lowres, standard, strong, sw_official, small or quickstart: where unset "
-        "flags take their values from",
-    )
-    integer("Training", "epochs", None, "passes over the training split")
-    integer("Training", "batch_size", None, "images a step, over all devices")
-    string(
-        "Training",
-        "learning_rate_scaling",
-        None,
-        "none, linear or sqrt: multiply the rate by batch_size / 256 or its root (default: none)",
-    )
-    string("Training", "schedule", None, "cosine, step or constant")
-    real("Training", "warmup_epochs", None, "linear warm-up of the learning rate, in epochs")
-    real("Training", "momentum", None, "of SGD")
-    boolean("Training", "nesterov", None, "Nesterov's momentum")
-    real("Training", "label_smoothing", None, "share of the target spread over all classes")
-    real("Training", "mixup", None, "alpha of mixup, e.g. 0.2; 0 is off (default: the protocol's)")
-    real("Training", "cutmix", None, "alpha of cutmix, e.g. 1; with mixup each takes half")
-    real("Training", "rand_augment", None, "magnitude of RandAugment, 0 to 10; 0 is off")
-    real(
-        "Training",
-        "ema",
-        None,
-        "decay of the average of the weights that is evaluated and kept, e.g. 0.9999; 0 is off",
-    )
-    boolean("Training", "decay_all", None, "L2 on biases, gamma, beta and logits of sw too")
-    integer("Training", "seed", 0, "of weights, order, augmentation and the ETF")
-    strategy_flags()
-    boolean("Machine", "synchronize_norms", True, "norm statistics over all replicas")
-    string(
-        "Machine",
-        "mixed_precision",
-        None,
-        "none, bfloat16 or float16 (with loss scaling; default: the protocol's, else none)",
-    )
-    string("Machine", "cache", "none", "device: decoded images live on the device (JAX); or none")
-    integer("Machine", "steps_per_execution", 1, "steps between two looks at signals and the clock")
-    boolean(
-        "Machine", "jit_compile", None, "compile with XLA (default: one GPU, --nodeterministic)"
-    )
-    boolean("Machine", "deterministic", True, "repeat bit for bit (slower on some devices)")
-    integer("Training", "eval_every", 1, "epochs between evaluations")
-    integer("Training", "neural_collapse_every", 0, "epochs between collapse measures; 0 is never")
-    integer("Machine", "checkpoint_every", 500, "steps between checkpoints")
-    integer("Machine", "keep_checkpoints", 2, "latest checkpoints that are kept")
+def _shown(value) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+
+
+def training_flags(protocol, dataset, lists=(), **defaults):
+    """Flags of a training run: all settings but what the model is, and where its files are.
+
+    Args:
+        protocol, dataset: defaults of the flags of these names.
+        lists, **defaults: see `settings`.
+    """
+    names = [
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if field.metadata["group"] != "Model"
+    ]
+    settings(*names, lists=lists, protocol=protocol, dataset=dataset, **defaults)
     string("Files", "workdir", None, "directory of this run (default: one below runs/)")
     string("Files", "config", None, "config.json of an earlier run to repeat; flags override it")
 
 
+def data_flags(dataset):
+    """Which images, and where they are."""
+    settings("dataset", "data_dir", dataset=dataset)
+
+
 def strategy_flags():
     """Where to compute."""
-    string("Machine", "strategy", "auto", "auto, one_device, mirrored, multiworker or tpu")
-    string("Machine", "tpu", None, "TPU name or address; local for the one in this machine")
-    integer("Machine", "num_virtual_devices", None, "CPU devices for --strategy=mirrored")
+    settings("strategy", "tpu", "num_virtual_devices", strategy="auto")
 
 
 def feature_cache_flag():

@@ -50,23 +50,12 @@ def main():
 
 def run():
     """Defines the flags and runs the command."""
-    model = "Model"
-    flags.string(model, "backbone", "rn50", "rn18, rn34, rn50 or rn101")
-    flags.string(model, "head", "etf", "etf (fixed) or linear (trainable)")
-    flags.string(model, "norm", "bn", "batch norm (bn) or Switchable Whitening at its places (sw)")
-    flags.string(model, "feature_norm", "none", "features before the ETF: none, bn, l2 or bn_l2")
-    flags.real(model, "scale", None, "factor on the ETF's logits (default: 1, on l2 features 16)")
-    flags.string(
-        model, "initializer", None, "glorot_uniform or he_fan_out (default: the protocol's)"
-    )
-    flags.boolean(model, "zero_gamma", None, "gamma 0 in the last norm of each residual block")
-    flags.data_flags("imagenet2012")
-    flags.training_flags("paper")
-    flags.numbers("Training", "learning_rate", None, "peak learning rate, or several to pick from")
+    flags.settings(
+        "backbone", "head", "norm", "feature_norm", "scale", "initializer", "zero_gamma",
+        "mean", "std", backbone="rn50", head="etf",
+    )  # fmt: skip
+    flags.training_flags("paper", "imagenet2012", lists=("learning_rate",))
     flags.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")
-    flags.integer(
-        "Training", "search_epochs", None, "epochs of each of several (default: --epochs)"
-    )
-    flags.real("Training", "weight_decay", None, "L2 added to the gradient before momentum")
+    flags.integer("Training", "search_epochs", None, "epochs of each of several rates")
     flags.profile_flag()
     app.run(main, __doc__)

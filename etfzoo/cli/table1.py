@@ -134,7 +134,7 @@ def _print_plan(settings, jobs):
         print(
             f"{number}/{len(cells)} {cell.name}: {state}, {steps:,} steps, "
             f"{sweep.cell_gflop(cell):,.0f} GFLOP, {time}\n"
-            f"    python recipes/{cell.recipe} {shlex.join(cell.arguments())}"
+            f"    python recipes/{cell.command}.py {shlex.join(cell.arguments())}"
         )
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     print(

@@ -4,50 +4,16 @@ Every random draw takes a stateless key, so that an image depends on its key alo
 the order nor on the number of threads.
 """
 
-import dataclasses
 import math
 
 import tensorflow as tf
 
-from etfzoo.data.rand_augment import MAX_MAGNITUDE, rand_augment
-from etfzoo.errors import EtfzooError, unknown
+from etfzoo.data.augmentation import Augmentation
+from etfzoo.data.rand_augment import rand_augment
 
-CROPS = ("resized_crop", "shift", "none")
 MAX_RATIO = 4 / 3  # of the longer to the shorter side of a resized crop
 TRIES = 10  # draws of a resized crop until one fits into the image
 MAX_PIXELS = 2**26  # of an image from a stranger; decoding takes up to some 6 bytes a pixel
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """What is drawn at random for a training image.
-
-    Attributes:
-        crop: `"resized_crop"` (a random window, resized: Szegedy et al. 2015, drawn as by
-            torchvision's RandomResizedCrop), `"shift"` (the whole image resized, then moved by up
-            to an eighth of its side over black: the usual CIFAR augmentation) or `"none"` (the
-            evaluation crop).
-        min_area: smallest share of the image in a resized crop.
-        antialias: whether a resized crop that is made smaller is always filtered, as evaluation
-            is; otherwise only one of more than twice the target, which takes less time and leaves
-            training images sharper than those of evaluation.
-        flip: whether half of the images are mirrored left to right.
-        rand_augment: magnitude of RandAugment's two operations, in 0..10; 0 is none.
-    """
-
-    crop: str = "resized_crop"
-    min_area: float = 0.08
-    flip: bool = True
-    rand_augment: float = 0.0
-    antialias: bool = True
-
-    def __post_init__(self):
-        if self.crop not in CROPS:
-            raise unknown("augmentation", self.crop, CROPS)
-        if not 0 < self.min_area <= 1:
-            raise EtfzooError(f"min_area must be in (0, 1]; got {self.min_area}")
-        if not 0 <= self.rand_augment <= MAX_MAGNITUDE:
-            raise EtfzooError(f"rand_augment must be between 0 and 10; got {self.rand_augment}")
 
 
 def decode(encoded: tf.Tensor, fast: bool = False) -> tf.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo.data import augment
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
 from etfzoo.data.source import Source
 from etfzoo.errors import EtfzooError

@@ -11,8 +11,9 @@ import math
 
 import tensorflow as tf
 
+from etfzoo.data.augmentation import MAX_MAGNITUDE
+
 LAYERS = 2  # the authors' number for ImageNet
-MAX_MAGNITUDE = 10.0
 GREY = 128.0  # of pixels from outside, as in the authors' code
 
 _RAND_AUGMENT = 2  # tells the draws here from others of the same key

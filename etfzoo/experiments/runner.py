@@ -24,7 +24,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-_RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_ROOT = Path(__file__).resolve().parents[2]  # where processes of cells find this package
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _ORPHANS = 120  # seconds that the cells of a killed sweep get to save and end
 
@@ -175,7 +175,7 @@ class _Runner:
 
     def _launch(self, cell, slot):
         log = self.root / "logs" / (cell.name.replace("/", "_") + ".log")
-        command = [sys.executable, str(_RECIPES / cell.recipe), *cell.arguments()]
+        command = [sys.executable, "-m", "etfzoo.cli", cell.command, *cell.arguments()]
         gflop = sweep.remaining_gflop(cell)
         with open(log, "ab") as output:
             offset = output.tell()
@@ -186,7 +186,7 @@ class _Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _environment(slot, self.jobs, self.gpus),
+                env=os.environ | _environment(slot, self.jobs, self.gpus) | {"PYTHONPATH": _path()},
                 pass_fds=() if self.held is None else (self.held,),
                 start_new_session=True,  # Ctrl-C arrives here alone, and is handed on once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
@@ -266,6 +266,11 @@ def _reason(run, code):
         return f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
     last = (errors or lines or ["no output"])[-1].removeprefix("error: ")
     return f"{last} (exit code {code}, {run.log})"
+
+
+def _path() -> str:
+    known = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(_ROOT), *([known] if known else [])])
 
 
 def _environment(slot, jobs, gpus):

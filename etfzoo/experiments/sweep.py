@@ -15,16 +15,12 @@ from etfzoo import files
 from etfzoo.data.datasets import DATASETS
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, unknown
-from etfzoo.models.backbones import BACKBONES, forward_gflop
+from etfzoo.models.backbones import forward_gflop
+from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.runtime import hardware
 from etfzoo.training import protocols, search
 from etfzoo.training.config import TrainConfig
 
-METHODS = {
-    "linear": {"head": "linear", "norm": "bn"},
-    "sw": {"head": "linear", "norm": "sw"},
-    "etf": {"head": "etf", "norm": "bn"},
-}
 TARGETS = (
     "cifar100", "cifar10", "stl10", "svhn_cropped", "oxford_iiit_pet", "oxford_flowers102", "dtd",
 )  # fmt: skip
@@ -108,7 +104,7 @@ class Cell:
         config: what is trained; with several `rates` the learning rate is one of them.
         method, rates: of the pretraining; learning rates that are searched.
         search_epochs: of each candidate.
-        flags: of the recipe, by name.
+        flags: of the command, by name.
         needs: cells that must be finished before.
         rate_of: the cell whose search tells the learning rate.
     """
@@ -128,11 +124,12 @@ class Cell:
         return "/".join(self.workdir.parts[-2 if self.mode == "pretrain" else -3 :])
 
     @property
-    def recipe(self) -> str:
-        return "pretrain.py" if self.mode == "pretrain" else "finetune.py"
+    def command(self) -> str:
+        """Of `etfzoo`, that runs this cell."""
+        return "pretrain" if self.mode == "pretrain" else "finetune"
 
     def arguments(self) -> list[str]:
-        """Flags of the recipe that runs this cell."""
+        """Flags of that command."""
         flags = dict(self.flags)
         if self.rate_of is not None:
             rate = picked_rate(self.rate_of)
@@ -203,7 +200,8 @@ def _settings(sweep, task, dataset, backbone, own):
 
 
 def _source_cell(sweep, backbone, method, seed, first):
-    own = {"backbone": backbone, **METHODS[method], "seed": seed}
+    head, norm = METHODS[method]
+    own = {"backbone": backbone, "head": head, "norm": norm, "seed": seed}
     own |= {"epochs": sweep.epochs, "batch_size": sweep.batch_size}
     fields, flags = _settings(sweep, "pretrain", sweep.source, backbone, own)
     fields["neural_collapse_every"] = flags["neural_collapse_every"] = fields["epochs"]

@@ -4,49 +4,19 @@ KerasCV and not its successor KerasHub: its ResNet V1 is built offline by a plai
 paper names ResNet50 and ResNet101, and no variant.)
 """
 
-import dataclasses
 import re
 
 import keras
 import keras_cv
 
-from etfzoo.errors import EtfzooError, unknown
+from etfzoo.errors import EtfzooError
 from etfzoo.layers import ETFClassifier, FusedBatchNormalization, SwitchableWhitening
-
-NORMS = ("bn", "sw")
+from etfzoo.models.table import get_backbone
 
 # torch's value (0.1 there); the paper gives none. Keras's default of 0.99 needs hundreds of steps
 # before evaluation sees the statistics that training uses. The moving variance is biased, as always
 # in Keras; torch's is n/(n - 1) times it, with n the values of a channel in a batch.
 BATCH_NORM_MOMENTUM = 0.9
-
-
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """One ResNet: what `keras_cv.models.ResNetBackbone` is built from."""
-
-    block_type: str
-    blocks: tuple[int, ...]
-    feature_dim: int
-
-
-BACKBONES = {
-    "rn18": Backbone("basic_block", (2, 2, 2, 2), 512),
-    "rn34": Backbone("basic_block", (3, 4, 6, 3), 512),
-    "rn50": Backbone("block", (3, 4, 6, 3), 2048),
-    "rn101": Backbone("block", (3, 4, 23, 3), 2048),
-}
-
-
-def get_backbone(name: str) -> Backbone:
-    """The row of that name.
-
-    Raises:
-        EtfzooError: unknown name, with close matches.
-    """
-    if name not in BACKBONES:
-        raise unknown("backbone", name, BACKBONES)
-    return BACKBONES[name]
 
 
 def forward_gflop(name: str, size: int) -> float:

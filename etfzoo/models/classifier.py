@@ -5,13 +5,13 @@ import dataclasses
 
 import keras
 
+from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.layers.etf_classifier import FEATURE_NORMS, ETFClassifier, full_precision
 from etfzoo.models import backbones, weights
+from etfzoo.models.table import HEADS, NORMS, get_backbone
 
-HEADS = ("etf", "linear")
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET_STATISTICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,13 @@ class ClassifierSpec:
         if self.scale is None:
             scale = 16.0 if self.feature_norm.endswith("l2") else 1.0
             object.__setattr__(self, "scale", scale)
-        backbones.get_backbone(self.backbone)
+        get_backbone(self.backbone)
         if self.head is not None and self.head not in HEADS:
             raise unknown("head", self.head, HEADS)
         if self.head != "etf" and (self.feature_norm, self.scale) != ("none", 1.0):
             raise EtfzooError("feature_norm and scale belong to the etf head")
-        if self.norm not in backbones.NORMS:
-            raise unknown("norm", self.norm, backbones.NORMS)
+        if self.norm not in NORMS:
+            raise unknown("norm", self.norm, NORMS)
         if self.feature_norm not in FEATURE_NORMS:
             raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
         if (

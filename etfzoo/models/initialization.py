@@ -6,9 +6,7 @@ import zlib
 import keras
 import numpy as np
 
-from etfzoo.models import backbones
-
-INITIALIZERS = ("glorot_uniform", "he_fan_out")
+from etfzoo.models.table import get_backbone
 
 
 def initialize(model, initializer: str, zero_gamma: bool, seed: int) -> None:
@@ -40,7 +38,7 @@ def initialize(model, initializer: str, zero_gamma: bool, seed: int) -> None:
             for variable in (head.kernel, head.bias):
                 variable.assign(rng.uniform(-limit, limit, variable.shape))
     if zero_gamma:
-        bottleneck = backbones.get_backbone(model.spec.backbone).block_type == "block"
+        bottleneck = get_backbone(model.spec.backbone).block_type == "block"
         last = re.compile(rf"v2_stack_\d+_block\d+_{3 if bottleneck else 2}_bn")
         for layer in model.layers:
             if last.fullmatch(layer.name):

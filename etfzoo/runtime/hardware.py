@@ -55,10 +55,12 @@ def write(workdir, seconds: float, strategy=None) -> None:
 
 def _command(argv):
     script = Path(argv[0]).absolute()
-    if script.is_relative_to(_ROOT / "recipes"):
-        script = script.relative_to(_ROOT)
+    if argv[0].startswith("etfzoo "):
+        start = argv[0].split()
+    elif script.is_relative_to(_ROOT / "recipes"):
+        start = ["python", str(script.relative_to(_ROOT))]
     else:
-        script = script.name
+        start = ["python", script.name]
     kept, skip = [], False
     for argument in argv[1:]:
         if skip:
@@ -67,7 +69,7 @@ def _command(argv):
             skip = "=" not in argument
         else:
             kept.append(argument)
-    return shlex.join(["python", str(script), *kept])
+    return shlex.join([*start, *kept])
 
 
 def _processor():

@@ -18,10 +18,9 @@ import tensorflow as tf
 from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
 
 from etfzoo.errors import EtfzooError, unknown
+from etfzoo.runtime.strategies import STRATEGIES
 
 log = logging.getLogger("etfzoo")
-
-STRATEGIES = ("auto", "one_device", "mirrored", "multiworker", "tpu")
 
 _SLURM_PORT = 8888  # of the first task of a machine
 _MULTIWORKER_HELP = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 
 from etfzoo import files
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing
 from etfzoo.data.pipeline import Pipeline, find_corrupt
 from etfzoo.data.source import Source

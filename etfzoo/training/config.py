@@ -1,164 +1,242 @@
-"""The one frozen object that describes a training run; recipes make it from flags."""
+"""The one frozen object that describes a training run; commands make it from flags.
+
+A setting is declared once, here: its type, default, help, group, limits and choices. Flags, checks
+and `config.json` come from the declaration.
+"""
 
 import dataclasses
 import json
 import math
-import operator
+import types
+import typing
 from pathlib import Path
 
 from etfzoo import files
-from etfzoo.data.augment import CROPS
-from etfzoo.data.rand_augment import MAX_MAGNITUDE
+from etfzoo.data.augmentation import CROPS, MAX_MAGNITUDE
+from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, unknown
-from etfzoo.layers.etf_classifier import FEATURE_NORMS
-from etfzoo.models.backbones import BACKBONES, NORMS
-from etfzoo.models.classifier import HEADS
-from etfzoo.models.initialization import INITIALIZERS
-from etfzoo.runtime.strategy import STRATEGIES
+from etfzoo.models.table import BACKBONES, HEADS, INITIALIZERS, NORMS
+from etfzoo.runtime.strategies import STRATEGIES
 
-SCHEDULES = ("cosine", "step", "constant")
-MIXED_PRECISION = ("none", "bfloat16", "float16")
-CACHES = ("none", "device")
 LEARNING_RATE_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
-# What may differ when a run is resumed: where it runs, not what it computes.
-_RUNTIME = (
-    "data_dir", "strategy", "tpu", "num_virtual_devices", "steps_per_execution", "jit_compile",
-    "checkpoint_every", "keep_checkpoints",
-)  # fmt: skip
+
+def setting(group, default, text, *, low=None, high=None, choices=None, runtime=False):
+    """A field of TrainConfig.
+
+    Args:
+        group: heading on the help page.
+        default: its value where nothing else is said; a dataclasses.MISSING must be said.
+        text: help, with the unit.
+        low, high: limits of a number or of each of several, both allowed; None is none.
+        choices: names that a string may be.
+        runtime: whether it tells where and how a run computes and not what, so that it may differ
+            when the run is resumed.
+    """
+    facts = {"group": group, "help": text, "low": low, "high": high}
+    facts |= {"choices": choices and tuple(choices), "runtime": runtime}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run of `etfzoo.training.loop.train_and_evaluate`.
+    """A run of `etfzoo.training.loop.train_and_evaluate`; its fields are the settings below.
 
-    Attributes:
-        dataset: see `etfzoo.data.sources.resolve`.
-        data_dir: TFDS data directory; None is TFDS's default.
-        train_split, eval_split: roles (`train`, `fit`, `select`, `test`) or names of splits.
-        init: model handle (see `etfzoo.load`) that is fine-tuned; None trains from scratch.
-        backbone, head, norm, feature_norm, scale: see `etfzoo.build_classifier`; with `init` the
-            backbone and norm are the loaded model's.
-        initializer, zero_gamma: of a new model's weights, see
-            `etfzoo.models.initialization.initialize`;
-            refused with `init`, whose weights are taken as they are.
-        mean, std: normalisation of a new model, per channel in 0..255; with `init` the model's.
-        image_size: height and width in pixels.
-        image_size_schedule: progressive resizing: pairs of a size in pixels and the epochs that are
-            trained at it, from the start; the other epochs, at least one, are trained at
-            `image_size`, which evaluation always has. Empty trains at `image_size` throughout.
-        crop: share of the shorter side that evaluation keeps.
-        augment, min_area, antialias, flip: see `etfzoo.data.augment.Augmentation`.
-        protocol: name of the row in `etfzoo.training.protocols` that the values came from.
-        epochs: passes over the training split.
-        batch_size: examples a step, over all devices.
-        learning_rate: peak value.
-        learning_rate_scaling: `none`, or `linear` or `sqrt`: the rate is then meant for batches of
-            256 and is multiplied by batch_size / 256 (Goyal et al. 2017) or by its square root.
-        schedule: `cosine` (to zero), `step` (times `step_factor` at `step_epochs`) or `constant`.
-        warmup_epochs: linear warm-up from zero, in epochs.
-        momentum, nesterov: of SGD.
-        weight_decay: L2 coefficient, added to the gradient BEFORE momentum, on kernels.
-        decay_all: whether L2 counts for biases, gamma, beta and the logits of `sw` too.
-        label_smoothing: share of the target spread over all classes.
-        mixup, cutmix: see `etfzoo.data.mixing.Mixing`; 0 is off. Training's top-1 then counts the
-            class with the largest share.
-        rand_augment: magnitude of RandAugment (0..10), two operations an image; 0 is off.
-        ema: decay of the average of the weights, see `etfzoo.runtime.averaging.WeightAverage`; 0
-            is off. Training goes on with the weights themselves; the average is what is evaluated,
-            measured, and given by `etfzoo.load` and publishing.
-        mixed_precision: `none`, `bfloat16` or `float16` (with loss scaling).
-        seed: of initialisation, order, augmentation and the ETF.
-        deterministic: whether the backend's ops must repeat bit for bit.
-        strategy, tpu, num_virtual_devices: see `etfzoo.runtime.strategy.get_strategy`.
-        cache: `device` keeps the decoded images on the device, see `etfzoo.runtime.device_cache`,
-            or `none`.
-        synchronize_norms: whether norms take their statistics over all replicas.
-        steps_per_execution: steps between two looks at the clock, signals and checkpoints.
-        jit_compile: whether XLA compiles the step; None: on one GPU, when not deterministic. Under
-            JAX it always does.
-        eval_every: epochs between evaluations; the last epoch is always evaluated.
-        neural_collapse_every: epochs between collapse measures on both splits, also after the last
-            epoch; 0 is never. Each takes a pass over both splits.
-        checkpoint_every: steps between checkpoints; evaluated epochs end with one too.
-        keep_checkpoints: number of latest checkpoints that are kept, beside the best.
-        skip_corrupt: decode every record once before training and leave out the broken ones.
+    Raises:
+        EtfzooError: a value of another type, outside of its limits, or two that exclude each other.
     """
 
-    dataset: str
-    data_dir: str | None = None
-    train_split: str = "train"
-    eval_split: str = "test"
-    init: str | None = None
-    backbone: str = "rn50"
-    head: str = "etf"
-    norm: str = "bn"
-    feature_norm: str = "none"
-    scale: float | None = None
-    initializer: str = "glorot_uniform"
-    zero_gamma: bool = False
-    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
-    std: tuple[float, ...] = (58.395, 57.12, 57.375)
-    image_size: int = 224
-    image_size_schedule: tuple[tuple[int, int], ...] = ()
-    crop: float = 0.875
-    augment: str = "resized_crop"
-    min_area: float = 0.08
-    antialias: bool = True
-    flip: bool = True
-    protocol: str = "paper"
-    epochs: int = 100
-    batch_size: int = 128
-    learning_rate: float = 0.01
-    learning_rate_scaling: str = "none"
-    schedule: str = "cosine"
-    warmup_epochs: float = 0.0
-    step_epochs: tuple[int, ...] = (30, 60, 90)
-    step_factor: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 2e-4
-    decay_all: bool = False
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    rand_augment: float = 0.0
-    ema: float = 0.0
-    mixed_precision: str = "none"
-    seed: int = 0
-    deterministic: bool = True
-    strategy: str = "auto"
-    tpu: str | None = None
-    num_virtual_devices: int | None = None
-    cache: str = "none"
-    synchronize_norms: bool = True
-    steps_per_execution: int = 1
-    jit_compile: bool | None = None
-    eval_every: int = 1
-    neural_collapse_every: int = 0
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    skip_corrupt: bool = False
+    dataset: str = setting(
+        "Data",
+        dataclasses.MISSING,
+        "imagenet2012, imagenet_resized/64x64, cifar100, cifar10, stl10, svhn_cropped, "
+        "oxford_iiit_pet, oxford_flowers102, dtd, the embedded shapes/source, shapes/textures, "
+        "shapes/outlines and digits; any other TFDS name or prepared TFDS folder; or folder:PATH "
+        "with one subfolder of images a class",
+    )
+    data_dir: str | None = setting(
+        "Data", None, "TFDS data directory (default: TFDS's own)", runtime=True
+    )
+    train_split: str = setting(
+        "Data", "train", "split or role (train, fit, select, test) that is trained on"
+    )
+    eval_split: str = setting("Data", "test", "split or role that is evaluated on")
+    init: str | None = setting(
+        "Model", None, "handle of the model that is fine-tuned; none trains from scratch"
+    )
+    backbone: str = setting("Model", "rn50", "rn18, rn34, rn50 or rn101", choices=BACKBONES)
+    head: str = setting("Model", "etf", "etf (fixed) or linear (trainable)", choices=HEADS)
+    norm: str = setting(
+        "Model",
+        "bn",
+        "batch norm (bn) or Switchable Whitening at its places (sw)",
+        choices=NORMS,
+    )
+    feature_norm: str = setting(
+        "Model",
+        "none",
+        "features before the ETF: none, bn, l2 or bn_l2",
+        choices=("none", "bn", "l2", "bn_l2"),  # as the layer's, which would import Keras
+    )
+    scale: float | None = setting(
+        "Model", None, "factor on the ETF's logits (default: 1, on l2 features 16)", low=0
+    )
+    initializer: str = setting(
+        "Model",
+        "glorot_uniform",
+        "weights of a new model: glorot_uniform, or he_fan_out as torch's ResNets have it",
+        choices=INITIALIZERS,
+    )
+    zero_gamma: bool = setting(
+        "Model", False, "gamma 0 in the last norm of each residual block of a new model"
+    )
+    mean: tuple[float, ...] = setting(
+        "Model", IMAGENET_STATISTICS[0], "of each channel, in 0..255, for a new model"
+    )
+    std: tuple[float, ...] = setting(
+        "Model", IMAGENET_STATISTICS[1], "of each channel, in 0..255, for a new model"
+    )
+    image_size: int = setting("Data", 224, "height and width in pixels", low=1, high=8192)
+    image_size_schedule: tuple[tuple[int, int], ...] = setting(
+        "Data",
+        (),
+        "progressive resizing: size:epochs pairs for the start of a training, e.g. 32:10; the "
+        "other epochs, at least one, and evaluation are at image_size",
+        low=1,
+        high=8192,
+    )
+    crop: float = setting(
+        "Data", 0.875, "share of the shorter side that evaluation keeps", low=0.01, high=1
+    )
+    augment: str = setting("Data", "resized_crop", "resized_crop, shift or none", choices=CROPS)
+    min_area: float = setting(
+        "Data", 0.08, "smallest share of the image in a resized crop", low=1e-6, high=1
+    )
+    antialias: bool = setting(
+        "Data", True, "filter resized crops that become smaller, as evaluation does"
+    )
+    flip: bool = setting("Data", True, "mirror half of the images")
+    protocol: str = setting("Training", "paper", "where unset flags take their values from")
+    epochs: int = setting("Training", 100, "passes over the training split", low=1)
+    batch_size: int = setting("Training", 128, "images a step, over all devices", low=1)
+    learning_rate: float = setting("Training", 0.01, "peak learning rate", low=0)
+    learning_rate_scaling: str = setting(
+        "Training",
+        "none",
+        "none, linear or sqrt: the rate is for batches of 256, and is multiplied by batch_size / "
+        "256 (Goyal et al. 2017) or by its root",
+        choices=LEARNING_RATE_SCALING,
+    )
+    schedule: str = setting(
+        "Training",
+        "cosine",
+        "cosine (to zero), step (times step_factor at step_epochs) or constant",
+        choices=("cosine", "step", "constant"),
+    )
+    warmup_epochs: float = setting(
+        "Training", 0.0, "linear warm-up of the learning rate from zero, in epochs", low=0
+    )
+    step_epochs: tuple[int, ...] = setting(
+        "Training", (30, 60, 90), "epochs at which the step schedule drops", low=0
+    )
+    step_factor: float = setting(
+        "Training", 0.1, "what the step schedule multiplies by", low=0, high=1
+    )
+    momentum: float = setting("Training", 0.9, "of SGD", low=0, high=0.999999)
+    nesterov: bool = setting("Training", False, "Nesterov's momentum")
+    weight_decay: float = setting(
+        "Regularisation", 2e-4, "L2 added to the gradient before momentum, on kernels", low=0
+    )
+    decay_all: bool = setting(
+        "Regularisation", False, "L2 on biases, gamma, beta and the logits of sw too"
+    )
+    label_smoothing: float = setting(
+        "Regularisation", 0.0, "share of the target spread over all classes", low=0, high=0.999999
+    )
+    mixup: float = setting("Regularisation", 0.0, "alpha of mixup, e.g. 0.2; 0 is off", low=0)
+    cutmix: float = setting(
+        "Regularisation", 0.0, "alpha of cutmix, e.g. 1; with mixup each takes half", low=0
+    )
+    rand_augment: float = setting(
+        "Regularisation",
+        0.0,
+        "magnitude of RandAugment, 0 to 10, two operations an image; 0 is off",
+        low=0,
+        high=MAX_MAGNITUDE,
+    )
+    ema: float = setting(
+        "Regularisation",
+        0.0,
+        "decay of the average of the weights that is evaluated and published, e.g. 0.9999; 0 is "
+        "off",
+        low=0,
+        high=0.9999999,
+    )
+    mixed_precision: str = setting(
+        "Machine",
+        "none",
+        "none, bfloat16 or float16 (with loss scaling)",
+        choices=("none", "bfloat16", "float16"),
+    )
+    seed: int = setting("Training", 0, "of weights, order, augmentation and the ETF")
+    deterministic: bool = setting("Machine", True, "repeat bit for bit (slower on some devices)")
+    strategy: str = setting(
+        "Machine",
+        "auto",
+        "auto, one_device, mirrored, multiworker or tpu",
+        choices=STRATEGIES,
+        runtime=True,
+    )
+    tpu: str | None = setting(
+        "Machine", None, "TPU name or address; local for the one in this machine", runtime=True
+    )
+    num_virtual_devices: int | None = setting(
+        "Machine", None, "CPU devices for --strategy=mirrored", low=1, runtime=True
+    )
+    cache: str = setting(
+        "Machine",
+        "none",
+        "device: decoded images live on the device (JAX); or none",
+        choices=("none", "device"),
+    )
+    synchronize_norms: bool = setting("Machine", True, "norm statistics over all replicas")
+    steps_per_execution: int = setting(
+        "Machine", 1, "steps between two looks at signals and the clock", low=1, runtime=True
+    )
+    jit_compile: bool | None = setting(
+        "Machine",
+        None,
+        "compile with XLA, as JAX always does (default: on one GPU, when not deterministic)",
+        runtime=True,
+    )
+    eval_every: int = setting(
+        "Training", 1, "epochs between evaluations; the last is always evaluated", low=1
+    )
+    neural_collapse_every: int = setting(
+        "Training", 0, "epochs between collapse measures of both splits; 0 is never", low=0
+    )
+    checkpoint_every: int = setting(
+        "Machine", 500, "steps between checkpoints", low=1, runtime=True
+    )
+    keep_checkpoints: int = setting(
+        "Machine", 2, "latest checkpoints that are kept, beside the best", low=1, runtime=True
+    )
+    skip_corrupt: bool = setting("Data", False, "check every image first and leave out broken ones")
 
     def __post_init__(self):
-        for name in ("mean", "std", "step_epochs"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        self._check_sizes()
-        for name, choices in (
-            ("backbone", BACKBONES),
-            ("head", HEADS),
-            ("norm", NORMS),
-            ("feature_norm", FEATURE_NORMS),
-            ("initializer", INITIALIZERS),
-            ("strategy", STRATEGIES),
-            ("schedule", SCHEDULES),
-            ("augment", CROPS),
-            ("mixed_precision", MIXED_PRECISION),
-            ("cache", CACHES),
-            ("learning_rate_scaling", LEARNING_RATE_SCALING),
-        ):
-            if getattr(self, name) not in choices:
-                raise unknown(name, getattr(self, name), choices)
+        for field in dataclasses.fields(self):
+            value = _checked(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        stages = self.image_size_schedule
+        if stages and sum(epochs for _, epochs in stages) >= self.epochs:
+            raise EtfzooError(
+                f"image_size_schedule leaves none of the {self.epochs} epochs for image_size: "
+                f"{stages}"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise EtfzooError(
+                f"warmup_epochs must be between 0 and {self.epochs}; got {self.warmup_epochs}"
+            )
         if self.init is not None and (self.initializer != "glorot_uniform" or self.zero_gamma):
             raise EtfzooError(
                 "initializer and zero_gamma are for training from scratch: leave them out with a "
@@ -168,56 +246,6 @@ class TrainConfig:
             raise EtfzooError(
                 "XLA's max-pooling has no deterministic gradient: with --jit_compile add "
                 "--nodeterministic"
-            )
-        for name, low, high in (
-            ("image_size", 1, 8192),
-            ("epochs", 1, math.inf),
-            ("batch_size", 1, math.inf),
-            ("eval_every", 1, math.inf),
-            ("neural_collapse_every", 0, math.inf),
-            ("checkpoint_every", 1, math.inf),
-            ("keep_checkpoints", 1, math.inf),
-            ("steps_per_execution", 1, math.inf),
-            ("crop", 0.01, 1),
-            ("min_area", 1e-6, 1),
-            ("learning_rate", 0, math.inf),
-            ("step_factor", 0, 1),
-            ("warmup_epochs", 0, self.epochs),
-            ("momentum", 0, 0.999999),
-            ("weight_decay", 0, math.inf),
-            ("label_smoothing", 0, 0.999999),
-            ("mixup", 0, math.inf),
-            ("cutmix", 0, math.inf),
-            ("rand_augment", 0, MAX_MAGNITUDE),
-            ("ema", 0, 0.9999999),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise EtfzooError(f"{name} must be a number; got {value!r}")
-            if not (low <= value <= high and math.isfinite(value)):
-                limit = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
-                raise EtfzooError(f"{name} must be {limit}; got {value}")
-
-    def _check_sizes(self):
-        stages = self.image_size_schedule
-        try:
-            stages = tuple(
-                (operator.index(size), operator.index(epochs)) for size, epochs in stages
-            )
-        except (TypeError, ValueError) as error:
-            raise EtfzooError(
-                f"image_size_schedule must be pairs of a size in pixels and epochs; got {stages!r}"
-            ) from error
-        object.__setattr__(self, "image_size_schedule", stages)
-        if not all(1 <= size <= 8192 and epochs >= 1 for size, epochs in stages):
-            raise EtfzooError(
-                "image_size_schedule takes sizes between 1 and 8192 and at least one epoch each; "
-                f"got {stages}"
-            )
-        if stages and sum(epochs for _, epochs in stages) >= self.epochs:
-            raise EtfzooError(
-                f"image_size_schedule leaves none of the {self.epochs} epochs for image_size: "
-                f"{stages}"
             )
 
     def train_size(self, epoch: int) -> int:
@@ -234,7 +262,7 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path) -> "TrainConfig":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, also before a setting was added.
 
         Raises:
             EtfzooError: no such file, not JSON, or fields that this version does not know.
@@ -254,8 +282,11 @@ class TrainConfig:
 
     def results_in(self) -> dict:
         """The settings that what is computed depends on, as JSON values by name."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in _RUNTIME}
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if not field.metadata["runtime"]
+        }
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """Readable list of the settings that make another result."""
@@ -265,3 +296,51 @@ class TrainConfig:
             for name in mine
             if mine[name] != theirs[name]
         ]
+
+
+def kind_of(field) -> tuple[type, bool]:
+    """The type of a field's values, of which a tuple has several, and whether None is allowed."""
+    kinds = field.type.__args__ if isinstance(field.type, types.UnionType) else (field.type,)
+    (kind,) = (k for k in kinds if k is not type(None))
+    return kind, len(kinds) > 1
+
+
+def _checked(field, value):
+    """A field's value as it is kept; raises EtfzooError where it cannot be."""
+    kind, optional = kind_of(field)
+    if value is None and optional:
+        return None
+    parts = typing.get_args(kind)
+    if not parts:
+        _check(field, kind, value)
+        return value
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise EtfzooError(f"{field.name} must be a list; got {value!r}")
+    if not typing.get_args(parts[0]):
+        for part in (value := tuple(value)):
+            _check(field, parts[0], part)
+        return value
+    try:
+        pairs = tuple((size, epochs) for size, epochs in value)
+    except (TypeError, ValueError) as error:
+        raise EtfzooError(f"{field.name} must be pairs of whole numbers; got {value!r}") from error
+    for pair in pairs:
+        for part in pair:
+            _check(field, int, part)
+    return pairs
+
+
+def _check(field, kind, value):
+    wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise EtfzooError(f"{field.name} must be {wanted}; got {value!r}")
+    choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
+    if choices and value not in choices:
+        raise unknown(field.name, value, choices)
+    if kind not in (int, float):
+        return
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    if not (low <= value <= high and math.isfinite(value)):
+        limit = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
+        raise EtfzooError(f"{field.name} must be {limit}; got {value}")

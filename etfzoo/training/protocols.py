@@ -36,6 +36,8 @@ class Protocol:
         return values
 
 
+TASKS = ("pretrain", "finetune")
+
 _PAPER = "Tiomoko Ali et al., fixed random classifiers transfer better across domains"
 _PAPER_SGD = {
     "batch_size": 128,
@@ -262,13 +264,19 @@ def get_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+def settings_of_rows() -> frozenset[str]:
+    """Names of the settings that come from a protocol or, under it, from the data set's row."""
+    rows = [row.settings(task, "rn50") for row in PROTOCOLS.values() for task in TASKS]
+    return frozenset().union(*rows, ("image_size", "mean", "std", "flip"))
+
+
 def settings(name: str, task: str, backbone: str, dataset: Dataset | None) -> dict:
     """TrainConfig fields of a protocol on a data set.
 
     Args:
         name: a row of PROTOCOLS.
         task: `"pretrain"` or `"finetune"`.
-        backbone: a row of `etfzoo.models.backbones.BACKBONES`.
+        backbone: a row of `etfzoo.models.table.BACKBONES`.
         dataset: the data set's row, None for one without.
     """
     size, mean, std = (dataset or Dataset("", 0)).inputs(name)

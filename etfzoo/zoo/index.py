@@ -24,12 +24,10 @@ from urllib.parse import urlsplit
 
 from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line
-from etfzoo.models import backbones
+from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.zoo import download, manifest
 
 FORMAT = 2
-# method: (head, norm); in the words of the paper Trainable, SW and Fixed
-METHODS = {"linear": ("linear", "bn"), "sw": ("linear", "sw"), "etf": ("etf", "bn")}
 
 _PACKAGE = Path(__file__).absolute().parent
 _NAME = re.compile(r"([a-z0-9]+)_([a-z]+)\.([A-Za-z0-9][A-Za-z0-9_-]{0,99})")
@@ -132,10 +130,10 @@ def check_name(name: str) -> tuple[str, str, str]:
         EtfzooError: it is none.
     """
     match = _NAME.fullmatch(name)
-    if not match or match[1] not in backbones.BACKBONES or match[2] not in METHODS:
+    if not match or match[1] not in BACKBONES or match[2] not in METHODS:
         raise EtfzooError(
             f"{name[:200]!r} is no name for a model: it must be <backbone>_<method>.<tag>, the "
-            f"backbone {', '.join(backbones.BACKBONES)}, the method {', '.join(METHODS)}"
+            f"backbone {', '.join(BACKBONES)}, the method {', '.join(METHODS)}"
         )
     return match.groups()
 

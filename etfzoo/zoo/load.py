@@ -29,9 +29,9 @@ import keras
 from etfzoo.errors import EtfzooError, first_line, unknown
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
+from etfzoo.models.table import METHODS
 from etfzoo.progress import say
 from etfzoo.zoo import cache, card, index, manifest, publish
-from etfzoo.zoo.index import METHODS
 
 AUTO = "auto"
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from etfzoo.data import augment
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import CROPS, Augmentation
 from etfzoo.errors import EtfzooError
 from testing import claiming, fresh_python, smooth_image
 
@@ -197,13 +197,13 @@ def test_one_pixel(suffix):
     colour = augment.decode(encoded).numpy()[0, 0]
     np.testing.assert_allclose(colour, (200, 100, 50), atol=3)
     np.testing.assert_array_equal(evaluated(encoded, 8, 8), np.tile(colour, (8, 8, 1)))
-    for crop in augment.CROPS:
+    for crop in CROPS:
         images = trainer(8, Augmentation(crop))(encoded, 5)
         inside = images[:, 1:-1, 1:-1]  # a shift brings in a border of black
         np.testing.assert_array_equal(inside, np.broadcast_to(colour, inside.shape))
 
 
-@pytest.mark.parametrize("crop", augment.CROPS)
+@pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("shape", [(2000, 3), (3, 2000)])
 def test_extreme_shapes_train(shape, crop):
     images = trainer(16, Augmentation(crop))(encode(smooth_image(*shape)), 3)
@@ -229,7 +229,7 @@ def test_corrupt_bytes(name):
         augment.decode(encoded)
     with pytest.raises(tf.errors.InvalidArgumentError):
         augment.evaluation_image(encoded, 16, 16, CROP)
-    for crop in augment.CROPS:
+    for crop in CROPS:
         with pytest.raises(tf.errors.InvalidArgumentError):
             trainer(16, Augmentation(crop))(encoded, 1)
 

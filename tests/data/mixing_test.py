@@ -6,7 +6,7 @@ import tensorflow as tf
 from scipy import stats
 
 from etfzoo.data import sources
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
 from etfzoo.data.pipeline import Pipeline, Share
 from etfzoo.errors import EtfzooError
@@ -187,7 +187,7 @@ def test_shares_of_all_pipelines_are_the_global_batches(photos, count, replicas,
 _MIRRORED = """
 import sys, numpy as np, tensorflow as tf
 from etfzoo.runtime import step_tf
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve

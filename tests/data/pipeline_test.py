@@ -5,12 +5,12 @@ import pytest
 import tensorflow as tf
 
 from etfzoo.data import augment, sources
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import CROPS, Augmentation
 from etfzoo.data.pipeline import Pipeline, Share, find_corrupt
 from etfzoo.errors import EtfzooError
 from testing import make_image_folder
 
-AUGMENTATIONS = {crop: Augmentation(crop) for crop in augment.CROPS}
+AUGMENTATIONS = {crop: Augmentation(crop) for crop in CROPS}
 SIDE, BATCH = 8, 6
 TRAIN, TEST = 28, 10
 
@@ -79,7 +79,7 @@ def test_an_epoch_shows_every_example_once(source):
         assert sorted(shown) == sorted(order) and shown != order
 
 
-@pytest.mark.parametrize("crop", augment.CROPS)
+@pytest.mark.parametrize("crop", CROPS)
 def test_batches_repeat_bit_for_bit(source, crop):
     pipeline = make_pipeline(source, crop)
     first = read(pipeline.training("train", 3))
@@ -129,7 +129,7 @@ def test_draws_depend_on_the_example_and_not_on_its_neighbours(source, tmp_path)
     assert len(small) == TRAIN // 2 and small == large
 
 
-@pytest.mark.parametrize("crop", augment.CROPS)
+@pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("name", ["source", "digits"])
 def test_start_step_gives_the_tail_of_the_epoch(name, crop, request):
     pipeline = make_pipeline(request.getfixturevalue(name), crop)

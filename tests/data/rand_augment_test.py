@@ -6,7 +6,7 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from etfzoo.data import augment, rand_augment
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import CROPS, Augmentation
 from testing import smooth_image
 
 FACTORS = (0.1, 0.37, 0.91, 1.0, 1.09, 1.63, 1.9)
@@ -196,7 +196,7 @@ def test_compiled_it_does_the_same():
 def test_training_images_are_augmented_after_crop_and_flip():
     encoded = tf.io.encode_png(smooth_image(60, 50))
     key = tf.constant([1, 2])
-    for crop in augment.CROPS:
+    for crop in CROPS:
         plain = augment.training_image(encoded, key, 32, 24, Augmentation(crop), 0.9)
         strong = Augmentation(crop, rand_augment=9.0)
         found = augment.training_image(encoded, key, 32, 24, strong, 0.9)

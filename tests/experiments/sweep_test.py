@@ -100,7 +100,7 @@ def pretrained(embedded_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("sweep")
     settings = sweep.Sweep(root=str(root), data_dir=str(embedded_dir), **TINY)
     cell = sweep.cells(settings)[0]
-    recipe = CHECKOUT / "recipes" / cell.recipe
+    recipe = CHECKOUT / "recipes" / f"{cell.command}.py"
     subprocess.run([sys.executable, recipe, *cell.arguments()], check=True, capture_output=True)
     return settings
 

@@ -9,7 +9,8 @@ import pytest
 
 import etfzoo
 from etfzoo.data import sources
-from etfzoo.data.augment import Augmentation, evaluation_image
+from etfzoo.data.augment import evaluation_image
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.measure import features

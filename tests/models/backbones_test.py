@@ -10,6 +10,7 @@ import etfzoo
 from etfzoo.errors import EtfzooError
 from etfzoo.layers import SwitchableWhitening
 from etfzoo.models import backbones, weights
+from etfzoo.models.table import BACKBONES
 from testing import fresh_python, randomize
 
 # Pan et al. 2019, and their networks: the stem and every second block of stages 1 to 3. KerasCV
@@ -42,7 +43,7 @@ def keras_cv_resnet(blocks=(1, 2, 1, 1), block_type="basic_block"):
     )
 
 
-@pytest.mark.parametrize("backbone", backbones.BACKBONES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_places(backbone):
     plain = etfzoo.build_classifier(backbone, 5, "linear", input_shape=(32, 32, 3))
     model = etfzoo.build_classifier(backbone, 5, "linear", "sw", (32, 32, 3))

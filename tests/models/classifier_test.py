@@ -9,7 +9,7 @@ import pytest
 
 from etfzoo.errors import EtfzooError
 from etfzoo.layers import frames
-from etfzoo.models import backbones, weights
+from etfzoo.models import weights
 from etfzoo.models.classifier import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -18,6 +18,7 @@ from etfzoo.models.classifier import (
     feature_model,
     replace_head,
 )
+from etfzoo.models.table import BACKBONES
 from testing import fresh_python, randomize
 
 # Weights with BN's gamma and beta and without the last layer, as torchvision's networks have them
@@ -51,7 +52,7 @@ def rn18():
     return randomize(model)
 
 
-@pytest.mark.parametrize("backbone", backbones.BACKBONES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_parameters_are_those_of_resnet(backbone):
     model = make(None, None, backbone)
     counted = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -59,7 +60,7 @@ def test_parameters_are_those_of_resnet(backbone):
     norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
     assert model.count_params() - counted == sum(2 * norm.gamma.shape[0] for norm in norms)
     assert {norm.momentum for norm in norms} == {0.9}
-    assert model.output_shape == (None, backbones.BACKBONES[backbone].feature_dim)
+    assert model.output_shape == (None, BACKBONES[backbone].feature_dim)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def on_jax(code, *args):
 _IMAGES = """
 import sys, itertools, numpy as np, tensorflow as tf
 from pathlib import Path
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline, Share
 from etfzoo.data.sources import resolve
 from etfzoo.runtime.device_cache import DeviceCache
@@ -78,7 +78,7 @@ def test_images_made_on_devices_equal_those_of_the_host(tmp_path, devices):
 _REFUSED = """
 import sys, numpy as np, pytest
 from types import SimpleNamespace
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data import sources, tfds

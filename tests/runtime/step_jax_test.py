@@ -134,7 +134,7 @@ _TRAIN = (
 import sys, keras, numpy as np
 from etfzoo.runtime import backend; from etfzoo.measure import accuracy as evaluation
 from etfzoo.models.classifier import build_classifier
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
 from etfzoo.runtime.strategy import get_strategy

@@ -29,7 +29,7 @@ from etfzoo.runtime import step_tf
 from etfzoo.training import schedules
 from etfzoo.models.classifier import build_classifier
 from etfzoo.training.config import TrainConfig
-from etfzoo.data.augment import Augmentation
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
 from etfzoo.runtime.strategy import best_here, get_strategy, is_chief, wait_for_all

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import etfzoo
-from etfzoo.models import backbones, classifier, weights
+from etfzoo.models import classifier, weights
+from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.zoo import index, load
 from testing import randomize
 
@@ -241,8 +242,8 @@ def test_index_has_the_models_of_the_paper(row, method):
     known = index.read()
     name = f"{row}_{method}"
     entry = known.models[f"{name}.{known.defaults[name]}"]
-    assert row in backbones.BACKBONES and method in load.METHODS
-    head, norm = load.METHODS[method]
+    assert row in BACKBONES and method in METHODS
+    head, norm = METHODS[method]
     assert f"--backbone={row} --head={head}" in entry.command
     assert ("--norm=sw" in entry.command) == (norm == "sw")
     assert len(known.models) == len(known.defaults) == 6

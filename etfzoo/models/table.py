@@ -1,0 +1,39 @@
+"""Networks as rows of data, known without Keras."""
+
+import dataclasses
+
+from etfzoo.errors import unknown
+
+HEADS = ("etf", "linear")
+NORMS = ("bn", "sw")
+INITIALIZERS = ("glorot_uniform", "he_fan_out")
+# The paper's three ways to pretrain: head and norm.
+METHODS = {"linear": ("linear", "bn"), "sw": ("linear", "sw"), "etf": ("etf", "bn")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """One ResNet: what `keras_cv.models.ResNetBackbone` is built from."""
+
+    block_type: str
+    blocks: tuple[int, ...]
+    feature_dim: int
+
+
+BACKBONES = {
+    "rn18": Backbone("basic_block", (2, 2, 2, 2), 512),
+    "rn34": Backbone("basic_block", (3, 4, 6, 3), 512),
+    "rn50": Backbone("block", (3, 4, 6, 3), 2048),
+    "rn101": Backbone("block", (3, 4, 23, 3), 2048),
+}
+
+
+def get_backbone(name: str) -> Backbone:
+    """The row of that name.
+
+    Raises:
+        EtfzooError: unknown name, with close matches.
+    """
+    if name not in BACKBONES:
+        raise unknown("backbone", name, BACKBONES)
+    return BACKBONES[name]

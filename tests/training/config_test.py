@@ -1,0 +1,170 @@
+"""The settings of a run: their declarations, checks and flags."""
+
+import dataclasses
+import json
+
+import pytest
+
+from etfzoo.data import augmentation
+from etfzoo.errors import EtfzooError
+from etfzoo.layers.etf_classifier import FEATURE_NORMS
+from etfzoo.models.classifier import ClassifierSpec
+from etfzoo.training import protocols
+from etfzoo.training.config import TrainConfig
+from testing import fresh_python
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+# A value of each setting that is no default, no protocol's value and not that of a data set's row.
+OTHER = {
+    "dataset": "folder:photos", "data_dir": "/data", "train_split": "fit", "eval_split": "select",
+    "backbone": "rn34", "head": "linear", "norm": "sw", "feature_norm": "l2", "scale": 3.5,
+    "initializer": "he_fan_out", "zero_gamma": True, "mean": (1.0, 2.0, 3.0),
+    "std": (4.0, 5.0, 6.0), "image_size": 48, "image_size_schedule": ((16, 2), (24, 1)),
+    "crop": 0.7, "augment": "shift", "min_area": 0.31, "antialias": False, "flip": False,
+    "protocol": "quickstart", "epochs": 7, "batch_size": 33, "learning_rate": 0.037,
+    "learning_rate_scaling": "sqrt", "schedule": "step", "warmup_epochs": 1.5,
+    "step_epochs": (2, 5), "step_factor": 0.37, "momentum": 0.77, "nesterov": True,
+    "weight_decay": 3e-5, "decay_all": True, "label_smoothing": 0.07, "mixup": 0.3, "cutmix": 0.6,
+    "rand_augment": 3.0, "ema": 0.97, "mixed_precision": "float16", "seed": 3,
+    "deterministic": False, "strategy": "mirrored", "tpu": "local", "num_virtual_devices": 2,
+    "cache": "device", "synchronize_norms": False, "steps_per_execution": 4, "jit_compile": True,
+    "eval_every": 2, "neural_collapse_every": 3, "checkpoint_every": 11, "keep_checkpoints": 5,
+    "skip_corrupt": True,
+}  # fmt: skip
+
+
+def test_every_setting_is_declared_whole():
+    assert set(OTHER) | {"init"} == set(FIELDS)
+    for name, field in FIELDS.items():
+        assert field.metadata["group"] and len(field.metadata["help"]) > 5, name
+        if name not in ("dataset", "init"):
+            assert field.default != OTHER[name], name
+    TrainConfig("digits")  # the defaults go together
+
+
+def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
+    choices = {name: field.metadata["choices"] for name, field in FIELDS.items()}
+    assert choices["feature_norm"] == FEATURE_NORMS
+    assert choices["augment"] == augmentation.CROPS
+    for head in choices["head"]:
+        ClassifierSpec("rn18", 5, head)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("nesterov", "false", "nesterov must be true or false; got 'false'"),
+        ("flip", "no", "flip must be true or false"),
+        ("flip", 1, "flip must be true or false"),
+        ("epochs", 1.5, "epochs must be a whole number; got 1.5"),
+        ("epochs", True, "epochs must be a whole number"),
+        ("epochs", 0, "epochs must be at least 1; got 0"),
+        ("batch_size", 0, "batch_size must be at least 1"),
+        ("step_epochs", [-3], "step_epochs must be at least 0; got -3"),
+        ("step_epochs", [1.5], "step_epochs must be a whole number"),
+        ("scale", True, "scale must be a number"),
+        ("mean", 3, "mean must be a list; got 3"),
+        ("mean", "123", "mean must be a list"),
+        ("std", [1.0, "x", 2.0], "std must be a number; got 'x'"),
+        ("learning_rate", float("nan"), "learning_rate must be at least 0; got nan"),
+        ("learning_rate", "fast", "learning_rate must be a number"),
+        ("crop", 1.2, "crop must be between 0.01 and 1; got 1.2"),
+        ("dataset", None, "dataset must be text"),
+        ("workers", 3, "unexpected keyword"),
+        ("backbone", "rn19", "unknown backbone 'rn19'; did you mean rn18"),
+        ("seed", "0", "seed must be a whole number"),
+        ("warmup_epochs", 101, "warmup_epochs must be between 0 and 100"),
+        ("image_size_schedule", [[16, 100]], "leaves none of the 100 epochs"),
+        ("image_size_schedule", [[16, 1, 1]], "must be pairs"),
+        ("image_size_schedule", [[9000, 1]], "must be between 1 and 8192"),
+    ],
+)
+def test_bad_values_are_named(name, value, message):
+    with pytest.raises((EtfzooError, TypeError), match=message):
+        TrainConfig(**{"dataset": "digits", name: value})
+
+
+def test_a_file_gives_back_every_setting(tmp_path):
+    values = OTHER | {"deterministic": False, "init": None}
+    config = TrainConfig(**values)
+    config.save(tmp_path / "config.json")
+    assert TrainConfig.load(tmp_path / "config.json") == config
+    document = json.loads((tmp_path / "config.json").read_text())
+    assert document["image_size_schedule"] == [[16, 2], [24, 1]]  # flat, and nothing but JSON
+    # A file from before a setting was added has the default.
+    del document["antialias"]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert TrainConfig.load(tmp_path / "config.json").antialias is True
+
+
+RUNTIME = {
+    "data_dir", "strategy", "tpu", "num_virtual_devices", "steps_per_execution", "jit_compile",
+    "checkpoint_every", "keep_checkpoints",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_may_differ_when_a_run_is_resumed(name):
+    config = TrainConfig(**(OTHER | {"jit_compile": None}))
+    value = {"dataset": "digits", "jit_compile": True}.get(name, FIELDS[name].default)
+    differences = config.differences(dataclasses.replace(config, **{name: value}))
+    if name in RUNTIME:
+        assert differences == []
+    else:
+        assert len(differences) == 1 and differences[0].startswith(f"{name} ")
+
+
+_FLAGS = """
+import json, sys
+from etfzoo.cli import configs, finetune, flags, pretrain
+
+command, given, known = json.loads(sys.argv[1])
+{"pretrain": pretrain, "finetune": finetune}[command].app.run = lambda *args, **options: None
+{"pretrain": pretrain, "finetune": finetune}[command].run()
+flags.FLAGS(["x", *given])
+config = configs.train_config(command, **known)
+print(json.dumps({name: getattr(config, name) for name in config.__dataclass_fields__}))
+"""
+
+
+def from_flags(command, given, **known):
+    return json.loads(fresh_python(_FLAGS, json.dumps([command, given, known])))
+
+
+def as_flag(name, value):
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no{name}"
+    if isinstance(value, tuple):
+        value = ",".join(":".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
+    return f"--{name}={value}"
+
+
+def test_every_setting_has_a_flag_that_arrives():
+    given = [as_flag(name, value) for name, value in OTHER.items() if name != "learning_rate"]
+    found = from_flags("pretrain", given, learning_rate=OTHER["learning_rate"])
+    wanted = dataclasses.asdict(TrainConfig(**OTHER))
+    assert found == json.loads(json.dumps(wanted))
+
+
+def test_flags_left_alone_come_from_the_protocol_the_row_and_the_declaration():
+    found = from_flags("pretrain", ["--protocol=small", "--dataset=digits", "--backbone=rn18"])
+    assert found["mixed_precision"] == "bfloat16" and found["image_size"] == 64
+    assert found["weight_decay"] == 5e-4 and found["warmup_epochs"] == 2
+    assert found["flip"] is False and found["checkpoint_every"] == 500
+    found = from_flags("finetune", ["--dataset=cifar10"], init="x", backbone="rn18")
+    row = protocols.settings("standard", "finetune", "rn18", None)
+    assert {name: found[name] for name in ("epochs", "batch_size", "nesterov")} == {
+        name: row[name] for name in ("epochs", "batch_size", "nesterov")
+    }
+    assert found["head"] == "linear" and found["protocol"] == "standard"
+
+
+def test_a_config_takes_neither_keras_nor_tensorflow():
+    code = """
+import sys
+from etfzoo.training.config import TrainConfig
+TrainConfig("digits")
+print({"keras", "tensorflow", "keras_cv", "jax"} & set(sys.modules))
+"""
+    assert fresh_python(code).strip() == "set()"

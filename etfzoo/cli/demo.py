@@ -7,12 +7,12 @@ model, loads it back by name and classifies three images with it.
   python recipes/demo.py --workdir=demo_output
 """
 
-import json
 import os
 from pathlib import Path
 
 from etfzoo.cli import app, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.workdir import Workdir
 
 HEADS = ("etf", "linear")
 TARGETS = ("shapes/textures", "shapes/outlines", "digits")
@@ -51,7 +51,7 @@ def main():
         interval = accuracy.binomial_interval(result["top1"], result["examples"])
         rows.append([head, "shapes/source", _percent(result["top1"], *interval), "", ""])
         lines[head] = [(result["top1"], *interval)]
-        histories[f"shapes/source: {head}"] = _history(source)
+        histories[f"shapes/source: {head}"] = Workdir(source).history()
         for target in TARGETS:
             workdir = str(root / f"{target.replace('/', '_')}_{head}")
             print(f"\n== fine-tuning the {head} model on {target}", flush=True)
@@ -64,7 +64,7 @@ def main():
             probed = f"{100 * probe['top1']:.1f}"
             rows.append([head, target, _percent(tuned["top1"], *interval), probed, ratio])
             lines[head].append((tuned["top1"], *interval))
-            histories[f"{target}: {head}"] = _history(workdir)
+            histories[f"{target}: {head}"] = Workdir(workdir).history()
     curves = plots.learning_curves(histories)
     shifts = plots.accuracy_by_domain(["shapes/source", *TARGETS], lines)
     plots.save_png(curves, root / "learning_curves.png")
@@ -101,7 +101,7 @@ def _publish_and_classify(etfzoo, root):
         models / "rn18_etf.shapes",
         version=1,
         provenance={"command": "make demo", "dataset": "shapes/source"},
-        metrics=json.loads((root / "source_etf" / "result.json").read_text()),
+        metrics=Workdir(root / "source_etf").read_result(),
         overwrite=True,
     )
     os.environ["ETFZOO_HOME"] = str(models)
@@ -121,11 +121,6 @@ def _publish_and_classify(etfzoo, root):
 
 def _percent(share, low, high):
     return f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _history(workdir):
-    with open(os.path.join(workdir, "metrics.jsonl")) as file:
-        return [json.loads(line) for line in file]
 
 
 def run():

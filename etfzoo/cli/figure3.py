@@ -18,8 +18,10 @@ from pathlib import Path
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.training.config import TrainConfig
 
 import numpy as np  # isort: skip (after cli, which says what to do where it is missing)
+from etfzoo.workdir import Workdir, folder_name
 
 
 def main():
@@ -37,7 +39,7 @@ def main():
         raise etfzoo.EtfzooError(
             f"{len(FLAGS.models)} models need as many different names: pass --names=A,B,..."
         )
-    target = FLAGS.dataset.replace(":", "_").replace("/", "_")
+    target = folder_name(FLAGS.dataset)
     output = Path(FLAGS.workdir or f"runs/figure3/{target}")
     tuned = [_finetuned(handle) for handle in FLAGS.models]  # wrong workdirs fail before training
     source = sources.resolve(FLAGS.dataset, FLAGS.data_dir)
@@ -45,8 +47,8 @@ def main():
     table = []
     for name, handle, workdir in zip(names, FLAGS.models, tuned, strict=True):
         workdir = workdir or _finetune(handle, output / "finetuned" / name)
-        config = etfzoo.training.config.TrainConfig.load(workdir / "config.json")
-        top1 = files.read_json(workdir / "result.json")["top1"]
+        config = TrainConfig.load(Workdir(workdir).config)
+        top1 = Workdir(workdir).read_result()["top1"]
         print(
             f"{name}: {workdir}, from {config.init}, {config.epochs} epochs, learning rate "
             f"{config.learning_rate:g}, test top-1 {100 * top1:.2f} %",
@@ -81,14 +83,12 @@ def _finetuned(handle):
         EtfzooError: a fine-tuning that is of no use here.
     """
     import etfzoo
-    from etfzoo.training import loop
-    from etfzoo.training.config import TrainConfig
 
     workdir = Path(handle)
-    if not (workdir / "config.json").exists():
+    if not Workdir(workdir).config.exists():
         etfzoo.info(handle)  # an unknown name fails here
         return None
-    config = TrainConfig.load(workdir / "config.json")
+    config = TrainConfig.load(Workdir(workdir).config)
     if config.init is None:
         return None
     if config.dataset != FLAGS.dataset:
@@ -96,7 +96,7 @@ def _finetuned(handle):
             f"{handle} was fine-tuned on {config.dataset}, not on {FLAGS.dataset}: give the model "
             "that it started from, or the other --dataset"
         )
-    result = loop.finished_result(workdir)
+    result = Workdir(workdir).read_result()
     if result is None:
         raise etfzoo.EtfzooError(f"{handle} is not finished: start its fine-tuning again")
     if {"C", "k"} & result.keys():

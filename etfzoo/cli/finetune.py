@@ -15,6 +15,7 @@ import os
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.workdir import folder_name
 
 
 def main():
@@ -29,9 +30,7 @@ def main():
     )
     config = configs.finetune_config(FLAGS.model, rates, decays)
     name = os.path.basename(str(config.init).rstrip("/"))
-    workdir = FLAGS.workdir or (
-        f"runs/{name}/{config.dataset.replace(':', '_').replace('/', '_')}_{FLAGS.mode}"
-    )
+    workdir = FLAGS.workdir or (f"runs/{name}/{folder_name(config.dataset)}_{FLAGS.mode}")
     print(f"{FLAGS.mode} of {config.init} on {config.dataset} -> {workdir}", flush=True)
     if FLAGS.mode == "linear_probe":
         result = transfer.linear_probe(config, workdir, feature_cache=FLAGS.feature_cache or None)

@@ -16,6 +16,7 @@ import os
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.workdir import folder_name
 
 
 def main():
@@ -62,7 +63,7 @@ def main():
     rows = [["measure", *results]]
     rows += [[name, *(_text(result.get(name)) for result in results.values())] for name in names]
     print(html.text_table(rows))
-    dataset = FLAGS.dataset.replace(":", "_").replace("/", "_")
+    dataset = folder_name(FLAGS.dataset)
     name = f"{os.path.basename(FLAGS.model.rstrip('/'))}_{dataset}"
     output = FLAGS.output or f"runs/neural_collapse/{name}.json"
     files.make_directory(os.path.dirname(output) or ".")

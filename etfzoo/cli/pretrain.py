@@ -15,6 +15,7 @@ recipes/README.md for measured times and accuracies.
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.workdir import folder_name
 
 
 def main():
@@ -25,7 +26,7 @@ def main():
     config = configs.train_config("pretrain", **({"learning_rate": rates[0]} if rates else {}))
     configs.open_strategy(config)
     workdir = FLAGS.workdir or (
-        f"runs/{config.dataset.replace(':', '_').replace('/', '_')}_{config.image_size}_"
+        f"runs/{folder_name(config.dataset)}_{config.image_size}_"
         f"{config.backbone}_{config.head}{'_sw' if config.norm == 'sw' else ''}_s{config.seed}"
     )
     print(

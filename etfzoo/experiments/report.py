@@ -18,6 +18,7 @@ from etfzoo.experiments.results import METRICS, MODES, TRAINED, label, rows, sel
 from etfzoo.runtime import hardware
 from etfzoo.training import protocols
 from etfzoo.version import __version__
+from etfzoo.workdir import Workdir
 
 # Top-1 in percent: Tiomoko Ali et al., "Deep neural network models trained with a fixed random
 # classifier transfer better across domains", table 1. data set -> method -> (rn50, rn101).
@@ -72,7 +73,7 @@ def write(root) -> Path:
 
 
 def _sections(root, plan, found):
-    configs = {r["workdir"]: files.read_json(root / r["workdir"] / "config.json") for r in found}
+    configs = {r["workdir"]: files.read_json(Workdir(root / r["workdir"]).config) for r in found}
     machines = {r["workdir"]: hardware.read(root / r["workdir"]) for r in found}
     sections = [("Results", tables.progress(plan, found))]
     sections += [(None, text) for text in tables.cautions(plan, found)]
@@ -208,7 +209,7 @@ def _curves(root, plan, found):
         for dataset, mode in [block for block in tables.blocks(plan) if block[1] in TRAINED]:
             runs = {}
             for row in select(found, backbone=backbone, dataset=dataset, mode=mode):
-                history = results.history(root, row)
+                history = Workdir(root / row["workdir"]).history()
                 runs.setdefault(row["method"], []).append(history)
             if runs:
                 name = textwrap.fill(label(found, dataset), 42)  # as wide as the picture
@@ -244,7 +245,11 @@ def _collapse(plan, found):
 
 
 def _learning_rates(root, plan, found):
-    trained = [(row, results.selection(root, row)) for row in found if row["mode"] in TRAINED]
+    trained = [
+        (row, Workdir(root / row["workdir"]).read_selection())
+        for row in found
+        if row["mode"] in TRAINED
+    ]
     if not trained:
         return []
     keys = sorted({_candidate(c) for _, candidates in trained for c in candidates})

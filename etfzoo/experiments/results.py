@@ -1,6 +1,5 @@
 """What the workdirs of a sweep (backbones x methods x targets x seeds) hold, as rows."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from etfzoo import files
 from etfzoo.data.datasets import DATASETS, Dataset
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import hardware
+from etfzoo.workdir import Workdir
 
 METRICS = {"top1": "top-1", "mean_per_class": "mean per-class"}
 MODES = {
@@ -79,14 +79,14 @@ def rows(root) -> list[dict]:
     return [
         cell | _row(root, workdir, cell["mode"] in TRAINED)
         for cell, workdir in planned(read_plan(root))
-        if (root / workdir / "result.json").exists()
+        if Workdir(root / workdir).finished
     ]
 
 
 def _row(root, workdir, trained):
-    path = root / workdir
-    result, config = (files.read_json(path / name) for name in ("result.json", "config.json"))
-    searched = [hardware.read(p) for p in sorted(path.glob("select/*")) if p.is_dir()]
+    path = Workdir(root / workdir)
+    result, config = path.read_result(), files.read_json(path.config)
+    searched = [hardware.read(candidate) for candidate in path.candidates()]
     try:
         return {
             "top1": result["top1"],
@@ -138,22 +138,3 @@ def spread(values) -> str:
         return "-"
     mean = f"{sum(values) / len(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
-
-
-def history(root, row) -> list[dict]:
-    """The epochs of a trained cell, from its metrics.jsonl.
-
-    Raises:
-        EtfzooError: no such file, or a line that is not JSON.
-    """
-    path = Path(root) / row["workdir"] / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise EtfzooError(f"cannot read {path}: {error}") from error
-
-
-def selection(root, row) -> list[dict]:
-    """The candidates of a cell with their scores, see `transfer.finetune`; [] of none."""
-    path = Path(root) / row["workdir"] / "selection.json"
-    return files.read_json(path) if path.exists() else []

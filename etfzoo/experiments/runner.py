@@ -18,6 +18,7 @@ from etfzoo.errors import EtfzooError
 from etfzoo.experiments import sweep
 from etfzoo.runtime.interruption import EXIT_STOPPED, Stopped, StopRequest
 from etfzoo.version import __version__
+from etfzoo.workdir import Workdir
 
 try:
     import fcntl
@@ -169,7 +170,7 @@ class _Runner:
             elif free and not any(need in busy for need in cell.needs):
                 self.waiting.remove(cell)
                 busy.add(cell)
-                begun = _begun(cell)
+                begun = Workdir(cell.workdir).begun
                 self.running.append(self._launch(cell, free.pop(0)))
                 self._say(f"{cell.name}: {'goes on' if begun else 'starts'}")
 
@@ -200,12 +201,13 @@ class _Runner:
                 continue
             self.running.remove(run)
             seconds = time.monotonic() - run.start
-            path = run.cell.workdir / "result.json"
-            if code == 0 and path.exists():
+            result = Workdir(run.cell.workdir).read_result() if code == 0 else None
+            if result is not None:
                 before = self.walls.get(sweep.kind(run.cell), (0.0, 0.0))
                 self.walls[sweep.kind(run.cell)] = (before[0] + run.gflop, before[1] + seconds)
-                top1 = files.read_json(path)["top1"]
-                self._say(f"{run.cell.name}: top-1 {100 * top1:.2f} % after {clock(seconds)}")
+                self._say(
+                    f"{run.cell.name}: top-1 {100 * result['top1']:.2f} % after {clock(seconds)}"
+                )
             elif not self.stop.requested:
                 self.failed[run.cell] = _reason(run, code)
                 self._say(f"{run.cell.name}: FAILED: {self.failed[run.cell]}")
@@ -247,10 +249,6 @@ class _Runner:
         if unknown:
             return "time to go not measured yet"
         return f"about {clock(max(seconds, 0) / self.jobs)} to go"
-
-
-def _begun(cell):
-    return (cell.workdir / "config.json").exists() or (cell.workdir / "select").exists()
 
 
 def _reason(run, code):

@@ -11,7 +11,6 @@ import math
 import re
 from pathlib import Path
 
-from etfzoo import files
 from etfzoo.data.datasets import DATASETS
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, unknown
@@ -20,6 +19,7 @@ from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.runtime import hardware
 from etfzoo.training import protocols, search
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir, folder_name
 
 TARGETS = (
     "cifar100", "cifar10", "stl10", "svhn_cropped", "oxford_iiit_pet", "oxford_flowers102", "dtd",
@@ -185,10 +185,6 @@ def cells(sweep: Sweep) -> list[Cell]:
     ]
 
 
-def _folder(dataset):
-    return dataset.replace(":", "_").replace("/", "_")
-
-
 def _settings(sweep, task, dataset, backbone, own):
     """Fields of TrainConfig, and the flags that give them."""
     names = ("data_dir", "image_size", "eval_every", "mixed_precision")
@@ -236,7 +232,7 @@ def _target_cell(sweep, source, target, mode):
         flags |= {"widen": True} if len(rates) > 1 else {}
     else:
         flags["feature_cache"] = Path(sweep.root) / "features"
-    workdir = Path(sweep.root) / _folder(target) / source.workdir.name / mode
+    workdir = Path(sweep.root) / folder_name(target) / source.workdir.name / mode
     flags["workdir"] = workdir
     config = TrainConfig(**fields)
     return Cell(mode, workdir, config, source.method, flags, rates, needs=(source,))
@@ -244,9 +240,8 @@ def _target_cell(sweep, source, target, mode):
 
 def picked_rate(cell: Cell) -> float | None:
     """The learning rate that a cell's search picked; None before it is finished."""
-    if not (cell.workdir / "result.json").exists():
-        return None
-    return TrainConfig.load(cell.workdir / "config.json").learning_rate
+    workdir = Workdir(cell.workdir)
+    return TrainConfig.load(workdir.config).learning_rate if workdir.finished else None
 
 
 def state(cell: Cell) -> str:
@@ -255,11 +250,10 @@ def state(cell: Cell) -> str:
     Raises:
         EtfzooError: the workdir holds a run with other settings or another search.
     """
-    path = cell.workdir / "config.json"
-    if not path.exists():
-        return RESUMABLE if (cell.workdir / "select").exists() else TO_DO
-    there, here = TrainConfig.load(path), cell.config
-    finished = (cell.workdir / "result.json").exists()
+    workdir = Workdir(cell.workdir)
+    if not workdir.config.exists():
+        return RESUMABLE if workdir.begun else TO_DO
+    there, here, finished = TrainConfig.load(workdir.config), cell.config, workdir.finished
     if len(cell.rates) > 1 or (cell.rate_of is not None and picked_rate(cell.rate_of) is None):
         here = dataclasses.replace(here, learning_rate=there.learning_rate)
     if finished and there.init and Path(there.init).parts[-2:] == Path(here.init).parts[-2:]:
@@ -276,8 +270,7 @@ def state(cell: Cell) -> str:
 
 
 def _other_search(cell):
-    path = cell.workdir / search.SELECTION
-    rows = files.read_json(path) if path.exists() else []
+    rows = Workdir(cell.workdir).read_selection()
     tried = sorted({row["learning_rate"] for row in rows if not row.get("widened")})
     if tried == sorted(cell.rates):
         return []
@@ -338,16 +331,13 @@ def cell_gflop(cell: Cell) -> float:
 
 def _done(workdir, config) -> float:
     """Share of a training that is done: whole epochs."""
-    if (workdir / "result.json").exists():
-        return 1.0
-    rows = workdir / "metrics.jsonl"
-    epochs = len(rows.read_text().splitlines()) if rows.exists() else 0
-    return epochs / config.epochs
+    workdir = Workdir(workdir)
+    return 1.0 if workdir.finished else len(workdir.history()) / config.epochs
 
 
 def remaining_gflop(cell: Cell) -> float:
     """Billions of operations that are left of a cell."""
-    if (cell.workdir / "result.json").exists():
+    if Workdir(cell.workdir).finished:
         return 0.0
     runs = cell.runs()
     if not runs:
@@ -366,7 +356,7 @@ def measured_speeds(all_cells) -> dict[tuple, float]:
     totals = {}
     for cell in all_cells:
         runs = [(path, _done(path, c) * run_gflop(c)) for path, c in cell.runs()]
-        if not runs and (cell.workdir / "result.json").exists():
+        if not runs and Workdir(cell.workdir).finished:
             runs = [(cell.workdir, cell_gflop(cell))]
         for path, gflop in runs:
             seconds = hardware.read(path).get("seconds", 0)

@@ -17,6 +17,7 @@ from etfzoo import files
 from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.models import weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
+from etfzoo.workdir import Workdir
 
 log = logging.getLogger("etfzoo")
 
@@ -28,14 +29,14 @@ class CheckpointManager:
     """The checkpoints of a workdir: the last few, and the best one.
 
     Args:
-        workdir: the run's directory; checkpoints go to its subfolder `checkpoints`.
+        workdir: the run's directory; checkpoints go to its `checkpoints`.
         keep: number of latest checkpoints that are kept.
         trained: the model that is trained, where the one that is saved and loaded is an average of
             it; its weights are saved and restored beside the other's.
     """
 
     def __init__(self, workdir, keep: int = 2, trained=None):
-        self.directory = Path(workdir) / "checkpoints"
+        self.directory = Workdir(workdir).checkpoints
         self.keep = keep
         self.trained = trained
 
@@ -173,11 +174,6 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
             f"checkpoint {path} has format {state.get('format')}, this etfzoo reads {_FORMAT}"
         )
     return arrays, state
-
-
-def is_workdir(path) -> bool:
-    """Whether a directory is the workdir of a training run."""
-    return (Path(path) / "checkpoints").is_dir()
 
 
 def load_model(workdir, best: bool = False) -> ImageClassifier:

@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from etfzoo import files
 from etfzoo.runtime.strategy import get_strategy, num_workers
+from etfzoo.workdir import Workdir
 
-NAME = "machine.json"
 # Where a run reads and writes is nobody's business but its owner's.
 _PRIVATE = ("workdir", "data_dir")
 _ROOT = Path(__file__).absolute().parents[2]
@@ -38,7 +38,7 @@ def describe(strategy=None) -> str:
 
 def read(workdir) -> dict:
     """What `write` recorded: `hardware`, `seconds`, `command`; empty where nothing was."""
-    path = Path(workdir) / NAME
+    path = Workdir(workdir).machine
     return files.read_json(path) if path.exists() else {}
 
 
@@ -50,7 +50,7 @@ def write(workdir, seconds: float, strategy=None) -> None:
     first = read(workdir).get("command")
     document = {"hardware": describe(strategy), "seconds": round(seconds, 1)}
     document["command"] = first or _command(sys.argv)
-    files.write_text(Path(workdir) / NAME, json.dumps(document, indent=2) + "\n")
+    files.write_text(Workdir(workdir).machine, json.dumps(document, indent=2) + "\n")
 
 
 def _command(argv):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 import keras
 
@@ -17,6 +16,7 @@ from etfzoo.models.classifier import ImageClassifier, build_classifier, replace_
 from etfzoo.runtime import backend
 from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir
 
 log = logging.getLogger("etfzoo")
 
@@ -108,7 +108,7 @@ def mixing(config: TrainConfig) -> Mixing:
 def _corrupt_keys(config, source, workdir, chief) -> tuple[int, ...]:
     if workdir is None:
         return tuple(find_corrupt(source, (config.train_split, config.eval_split)))
-    path = Path(workdir) / "corrupt.json"
+    path = Workdir(workdir).corrupt
     if path.exists():
         corrupt = {int(key): name for key, name in files.read_json(path).items()}
     else:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -32,6 +31,7 @@ from etfzoo.runtime.strategy import (
 )
 from etfzoo.training.build import make_model, make_optimizer, make_pipeline, make_stepper, mixing
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir
 
 log = logging.getLogger("etfzoo")
 
@@ -70,7 +70,7 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     check_batch_size(config.batch_size, strategy)
     mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     check_workdir(config, workdir)
-    finished = finished_result(workdir)
+    finished = Workdir(workdir).read_result()
     with leaving_when_a_worker_is_lost(strategy):
         check_agreement(strategy, config.results_in() | {"a finished run": finished is not None})
         return finished or _train(config, workdir, strategy)
@@ -87,13 +87,13 @@ def _train(config, workdir, strategy):
         backend.synchronize(model, config.synchronize_norms)
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
     cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
-    workdir = claim_workdir(config, workdir) if is_chief(strategy) else Path(workdir)
+    workdir = claim_workdir(config, workdir) if is_chief(strategy) else Workdir(workdir)
     return _Run(config, workdir, strategy, pipeline, model, cache).train()
 
 
 def check_workdir(config: TrainConfig, workdir) -> None:
     """Raises EtfzooError when a workdir holds a run with other settings; writes nothing."""
-    path = Path(workdir) / "config.json"
+    path = Workdir(workdir).config
     if path.exists():
         differences = TrainConfig.load(path).differences(config)
         if differences:
@@ -103,18 +103,12 @@ def check_workdir(config: TrainConfig, workdir) -> None:
             )
 
 
-def claim_workdir(config: TrainConfig, workdir) -> Path:
-    """Creates the workdir with its `config.json`, or tidies up after a run that was killed."""
-    workdir = files.make_directory(workdir)
-    files.remove_temporaries(workdir)
-    config.save(workdir / "config.json")
+def claim_workdir(config: TrainConfig, workdir) -> Workdir:
+    """Creates the workdir with its config, or tidies up after a run that was killed."""
+    workdir = Workdir(workdir)
+    workdir.claim()
+    config.save(workdir.config)
     return workdir
-
-
-def finished_result(workdir) -> dict | None:
-    """The result of a finished run, None where it is not finished."""
-    path = Path(workdir) / "result.json"
-    return files.read_json(path) if path.exists() else None
 
 
 class _Run:
@@ -160,7 +154,7 @@ class _Run:
         check_agreement(self.strategy, start | {"steps an epoch": self.steps})
         writer = tf.summary.create_noop_writer()
         if self.chief:
-            writer = tf.summary.create_file_writer(str(self.workdir / "tensorboard"))
+            writer = tf.summary.create_file_writer(str(self.workdir.tensorboard))
         with StopRequest() as stop, writer.as_default():
             try:
                 while self.state["epoch"] < self.config.epochs:
@@ -169,7 +163,7 @@ class _Run:
                 raise self._diverged(error) from error
         result = self.state["history"][-1]
         if self.chief:
-            files.write_text(self.workdir / "result.json", json.dumps(result, indent=2) + "\n")
+            self.workdir.write_result(result)
         # Whoever leaves first ends the others.
         wait_for_all(self.strategy)
         return result
@@ -313,15 +307,13 @@ class _Run:
     def _write_logs(self):
         """Log files are rewritten from the history, so that a resumed run repeats no row."""
         rows = self.state["history"]
-        files.write_text(
-            self.workdir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows)
-        )
+        files.write_text(self.workdir.metrics_jsonl, "".join(json.dumps(r) + "\n" for r in rows))
         table = io.StringIO()
         columns = dict.fromkeys(name for r in rows for name in r)
         writer = csv.DictWriter(table, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
-        files.write_text(self.workdir / "metrics.csv", table.getvalue())
+        files.write_text(self.workdir.metrics_csv, table.getvalue())
 
     def _diverged(self, error):
         kept = self.checkpoints.paths()

@@ -15,6 +15,7 @@ from etfzoo.models import checkpoint, weights
 from etfzoo.models.classifier import ImageClassifier
 from etfzoo.runtime import hardware
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir
 from etfzoo.zoo import card, index, manifest, saved_model
 from etfzoo.zoo.load import info, load
 from etfzoo.zoo.publish import check_backend, publish, read_metadata, version_folders
@@ -149,15 +150,18 @@ def check(model: ImageClassifier, folder, storage: str = "float32") -> None:
 
 def _read_source(source):
     """The model, its provenance and its metrics."""
-    if not checkpoint.is_workdir(source):
+    workdir = Workdir(source)
+    if not workdir.is_run:
         model = load(source)
         known = info(source)
         return model, known["provenance"], known["metrics"]
-    workdir = Path(source)
-    if not (workdir / "result.json").exists():
-        raise EtfzooError(f"{workdir} is not finished: it has no result.json; train it to its end")
+    result = workdir.read_result()
+    if result is None:
+        raise EtfzooError(
+            f"{workdir} is not finished: it has no {workdir.result.name}; train it to its end"
+        )
     model = checkpoint.load_model(workdir)
-    config = TrainConfig.load(workdir / "config.json")
+    config = TrainConfig.load(workdir.config)
     settings = config.results_in()
     for name in ("dataset", "init"):
         settings[name] = settings[name] and files.without_place(settings[name])
@@ -171,7 +175,6 @@ def _read_source(source):
         **made,
         "config": settings,
     }
-    result = files.read_json(workdir / "result.json")
     return model, provenance, result | {"split": config.eval_split}
 
 

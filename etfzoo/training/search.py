@@ -4,8 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
-from pathlib import Path
 
 import numpy as np
 
@@ -16,11 +14,11 @@ from etfzoo.runtime.interruption import leaving_when_a_worker_is_lost
 from etfzoo.runtime.strategy import chief_first, get_strategy, is_chief
 from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir
 
 log = logging.getLogger("etfzoo")
 
 EXTENSIONS = 3  # values that a grid is widened by, at most
-SELECTION = "selection.json"
 
 
 def beyond(grid, scores) -> float | None:
@@ -110,7 +108,7 @@ def pick(
         for c, score in zip(candidates, scores, strict=True)
     ]
     if chief:
-        files.write_text(Path(workdir) / SELECTION, json.dumps(rows, indent=2) + "\n")
+        files.write_text(Workdir(workdir).selection, json.dumps(rows, indent=2) + "\n")
     return best
 
 
@@ -142,19 +140,20 @@ def trial(candidate: TrainConfig, epochs=None) -> TrainConfig:
     return dataclasses.replace(candidate, **changes)
 
 
-def folder(workdir, candidate: TrainConfig) -> Path:
+def folder(workdir, candidate: TrainConfig) -> Workdir:
     """The workdir of a candidate of the search in a workdir."""
-    return Path(workdir) / "select" / f"lr{candidate.learning_rate:g}_wd{candidate.weight_decay:g}"
+    name = f"lr{candidate.learning_rate:g}_wd{candidate.weight_decay:g}"
+    return Workdir(workdir).candidate(name)
 
 
 def _score(run, workdir, metric, chief):
     candidate = folder(workdir, run)
-    print(f"candidate {candidate.name}", flush=True)
+    print(f"candidate {candidate.path.name}", flush=True)
     try:
         score = loop.train_and_evaluate(run, candidate)[metric]
     except TrainingDiverged as error:
         log.warning("%s", error)
         return -math.inf
     if chief:  # of a search only the scores are needed, and weights take gigabytes
-        shutil.rmtree(candidate / "checkpoints", ignore_errors=True)
+        candidate.remove_checkpoints()
     return score

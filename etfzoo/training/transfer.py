@@ -1,18 +1,15 @@
 """Transfer of a pretrained model: fine-tuning with a picked rate, linear probes and k-NN."""
 
 import dataclasses
-import json
 import logging
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from etfzoo import files
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError
 from etfzoo.measure import accuracy, features, neural_collapse
@@ -20,6 +17,7 @@ from etfzoo.models.checkpoint import CheckpointManager
 from etfzoo.runtime import backend, hardware
 from etfzoo.training import build, loop, search
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir
 
 log = logging.getLogger("etfzoo")
 
@@ -140,7 +138,7 @@ class _Frozen:
     """A run on frozen features; `finished` is its result where it was run before."""
 
     config: TrainConfig
-    workdir: Path
+    workdir: Workdir
     finished: dict | None = None
     source: object = None
     model: object = None
@@ -154,11 +152,11 @@ class _Frozen:
         if config.strategy not in ("auto", "one_device"):
             raise EtfzooError(f"{what} runs on one device: leave out --strategy")
         loop.check_workdir(config, workdir)
-        finished = loop.finished_result(workdir)
+        finished = Workdir(workdir).read_result()
         if finished is not None:
             if mark not in finished:
                 raise EtfzooError(f"{workdir} holds a run that is not {what}; choose another")
-            return cls(config, Path(workdir), finished)
+            return cls(config, Workdir(workdir), finished)
         source = resolve(config.dataset, config.data_dir)
         model = build.make_model(config, source)
         pipeline = build.make_pipeline(config, source, model, workdir)
@@ -174,7 +172,7 @@ class _Frozen:
 
     def finish(self, result) -> dict:
         hardware.write(self.workdir, time.monotonic() - self.start)
-        files.write_text(self.workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        self.workdir.write_result(result)
         return result
 
 

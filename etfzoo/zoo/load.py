@@ -31,6 +31,7 @@ from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
 from etfzoo.models.table import METHODS
 from etfzoo.progress import say
+from etfzoo.workdir import Workdir
 from etfzoo.zoo import cache, card, index, manifest, publish
 
 AUTO = "auto"
@@ -223,7 +224,7 @@ def _find_path(path) -> _Source:
     if versions:
         version = max(versions)
         return _Source(path.absolute().name, version, folder=_verified(versions[version]))
-    if checkpoint.is_workdir(path):
+    if Workdir(path).is_run:
         return _Source(path.absolute().name, workdir=path)
     raise EtfzooError(
         f"{path} is no model: it holds neither a saved_model.pb, nor a version folder such as 1/ "

@@ -19,6 +19,7 @@ from etfzoo.measure.features import Features
 from etfzoo.models import backbones
 from etfzoo.training import search, transfer
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir
 from testing import CHECKOUT
 
 TINY = {
@@ -116,7 +117,7 @@ def test_finetuning_widens_the_grid_of_rates_until_the_best_lies_inside(pretrain
     assert full.init.endswith("source/rn18_etf_s0")
     rates = (1e-7, 1e-5)
     transfer.finetune(full, tmp_path, rates, widen=True)
-    rows = json.loads((tmp_path / search.SELECTION).read_text())
+    rows = json.loads(Workdir(tmp_path).selection.read_text())
     tried = [row["learning_rate"] for row in rows]
     scores = [row["top1"] for row in rows]
     assert tuple(tried[:2]) == rates
@@ -136,7 +137,7 @@ def test_finetuning_widens_the_grid_of_rates_until_the_best_lies_inside(pretrain
     again = tmp_path / "narrow"
     shutil.copytree(tmp_path / "select", again / "select")
     transfer.finetune(full, again, rates)
-    narrow = json.loads((again / search.SELECTION).read_text())
+    narrow = json.loads(Workdir(again).selection.read_text())
     assert [row["learning_rate"] for row in narrow] == list(rates)
     assert all(row.keys() == {"learning_rate", "weight_decay", "top1"} for row in narrow)
 

@@ -77,6 +77,10 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("warmup_epochs", 101, "warmup_epochs must be between 0 and 100"),
         ("image_size_schedule", [[16, 100]], "leaves none of the 100 epochs"),
         ("image_size_schedule", [[16, 1, 1]], "must be pairs"),
+        ("image_size_schedule", [16], "must be pairs"),
+        ("image_size_schedule", "16:1", "must be a list"),
+        ("image_size_schedule", [[16.5, 1]], "must be a whole number; got 16.5"),
+        ("image_size_schedule", [[16, 0]], "must be between 1 and 8192; got 0"),
         ("image_size_schedule", [[9000, 1]], "must be between 1 and 8192"),
     ],
 )

@@ -175,22 +175,6 @@ def test_progressive_resizing_resumes_bit_equal(resized, tmp_path, step):
     _assert_same_end(workdir, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "stages, message",
-    [
-        ([[16, 2]], "leaves none of the 2 epochs for image_size"),
-        ([[16, 0]], "at least one epoch each"),
-        ([[0, 1]], "sizes between 1 and 8192"),
-        ([16], "must be pairs"),
-        ([[16.5, 1]], "must be pairs"),
-        ("16:1", "must be pairs"),
-    ],
-)
-def test_bad_image_size_schedules(config, stages, message):
-    with pytest.raises(EtfzooError, match=message):
-        dataclasses.replace(config, image_size_schedule=stages)
-
-
 def test_a_search_of_fewer_epochs_shortens_the_stages(config):
     long = dataclasses.replace(config, epochs=20, image_size_schedule=((16, 10), (24, 4), (28, 1)))
     short = search.trial(long, epochs=5)

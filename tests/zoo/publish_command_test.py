@@ -15,6 +15,7 @@ from etfzoo.models import checkpoint
 from etfzoo.runtime import hardware
 from etfzoo.training import loop, release
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir
 from etfzoo.zoo import card, index, manifest
 from testing import CHECKOUT, randomize
 
@@ -57,7 +58,7 @@ def test_what_a_run_records(workdir):
     assert found.keys() == {"hardware", "seconds", "command"}
     assert f"{os.cpu_count()} cores" in found["hardware"] and found["seconds"] == 12.5
     document = json.dumps(found | {"command": "python first.py"})
-    files.write_text(workdir / hardware.NAME, document)
+    files.write_text(Workdir(workdir).machine, document)
     hardware.write(workdir, 12.5)  # by a process that goes on
     assert hardware.read(workdir)["command"] == "python first.py"
 

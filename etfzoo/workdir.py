@@ -1,0 +1,135 @@
+"""The folder of a run: the only owner of the names of its files."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+from etfzoo import files
+from etfzoo.errors import EtfzooError
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir(os.PathLike):
+    """A run's folder, there or not; goes wherever a path does.
+
+    Attributes:
+        path: the folder, also given as text.
+    """
+
+    path: Path
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", Path(self.path))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    __str__ = __fspath__
+
+    @property
+    def config(self) -> Path:
+        """All settings, from which the run can be repeated."""
+        return self.path / "config.json"
+
+    @property
+    def result(self) -> Path:
+        """The last figures; it is there where the run is finished."""
+        return self.path / "result.json"
+
+    @property
+    def machine(self) -> Path:
+        """Hardware, seconds and command."""
+        return self.path / "machine.json"
+
+    @property
+    def selection(self) -> Path:
+        """Scores of the candidates of a search."""
+        return self.path / "selection.json"
+
+    @property
+    def corrupt(self) -> Path:
+        """The list of images that cannot be read."""
+        return self.path / "corrupt.json"
+
+    @property
+    def metrics_csv(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def _select(self) -> Path:
+        return self.path / "select"
+
+    def candidate(self, name: str) -> "Workdir":
+        """The run of a candidate of this run's search."""
+        return Workdir(self._select / name)
+
+    def candidates(self) -> list["Workdir"]:
+        """The candidates' runs that are there."""
+        return [Workdir(path) for path in sorted(self._select.glob("*")) if path.is_dir()]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the run, or its search, has left anything."""
+        return self.config.exists() or self._select.exists()
+
+    @property
+    def finished(self) -> bool:
+        return self.result.exists()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this is a run's folder, with weights in it."""
+        return self.checkpoints.is_dir()
+
+    def claim(self) -> None:
+        """Creates the folder, or tidies up after a run that was killed."""
+        files.make_directory(self.path)
+        files.remove_temporaries(self.path)
+
+    def read_result(self) -> dict | None:
+        """The figures of a finished run, None where it is not finished."""
+        return files.read_json(self.result) if self.finished else None
+
+    def write_result(self, result: dict) -> None:
+        """Marks the run as finished."""
+        files.write_text(self.result, json.dumps(result, indent=2) + "\n")
+
+    def read_selection(self) -> list[dict]:
+        """The candidates of a search with their scores; [] of none."""
+        return files.read_json(self.selection) if self.selection.exists() else []
+
+    def history(self) -> list[dict]:
+        """The epochs so far; [] before the first.
+
+        Raises:
+            EtfzooError: a file that cannot be read, or a line that is not JSON.
+        """
+        try:
+            lines = self.metrics_jsonl.read_text("utf-8").splitlines()
+            return [json.loads(line) for line in lines]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise EtfzooError(f"cannot read {self.metrics_jsonl}: {error}") from error
+
+    def remove_checkpoints(self) -> None:
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def folder_name(dataset: str) -> str:
+    """The name of a data set as part of a path."""
+    return dataset.replace(":", "_").replace("/", "_")

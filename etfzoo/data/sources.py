@@ -24,6 +24,7 @@ log = logging.getLogger("etfzoo")
 # Splits up to this size are kept in memory, encoded; of larger ones as much is shuffled at a time.
 _MEMORY_BYTES = 1 << 30
 KEYS = 2**31 - 1
+ROLES = ("train", "fit", "select", "test")
 # A file beside the records of a TFDS data set: its lines end with a class name, a tab, its meaning.
 WORDS = "words.txt"
 
@@ -54,7 +55,7 @@ class Source:
 
     def split(self, role: str) -> str:
         """The split that plays a role (`train`, `fit`, `select`, `test`); else the name itself."""
-        return getattr(self.row, role) if role in ("train", "fit", "select", "test") else role
+        return getattr(self.row, role) if role in ROLES else role
 
     def size(self, split: str) -> int:
         """Number of examples in a split or role.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from etfzoo import index
 from etfzoo.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,10 @@ def _copy_of_the_package(target: Path) -> Path:
     shutil.copytree(
         ROOT / "etfzoo", target / "etfzoo", ignore=shutil.ignore_patterns("__pycache__")
     )
+    # What a checkout has and a wheel must not.
+    (target / "saved_models/rn18_etf.here/1/variables").mkdir(parents=True)
+    (target / "saved_models/rn18_etf.here/1/saved_model.pb").touch()
+    (target / "saved_models/rn18_etf.here/1/variables/variables.index").touch()
     return target
 
 
@@ -92,6 +97,13 @@ def test_files_in_build_exist():
 def source_and_wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = _copy_of_the_package(folder / "source")
+    entry = {"sha256": "0" * 64, "size": 1}
+    names = ["saved_model.pb", "variables/variables.index"]
+    names += ["assets.extra/etfzoo.json", "assets.extra/files.json"]
+    published = {"urls": [], "files": dict.fromkeys(names, entry), "metrics": {}, "created": None}
+    row = {"dataset": "x", "num_classes": 2, "input_shape": [32, 32, 3], "command": "make"}
+    row |= {"metrics": {}, "licence": None}
+    index.add(source / "etfzoo/zoo/index.json", "rn18_etf.here", 1, row, published)
     build = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
         + ["--disable-pip-version-check", "--wheel-dir", str(folder), str(source)],
@@ -123,8 +135,9 @@ def test_a_wheel_loads_published_models_offline_in_another_folder(source_and_whe
         "print(model(etfzoo.preprocess(model, x)).shape)\n"
         "print(etfzoo.load('rn18_etf.x', num_classes=37).output_shape)\n"
         "print(etfzoo.load('rn18_etf.x', head=None).output_shape)\n"
-        "try: etfzoo.load('rn101_etf')\n"
-        "except etfzoo.EtfzooError as e: print(e)\n"
+        "for name in ('rn101_etf.in1k', 'rn18_etf.here'):\n"
+        "    try: etfzoo.load(name)\n"
+        "    except etfzoo.EtfzooError as e: print(e)\n"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "ETFZOO_HOME": str(tmp_path / "cache")}
     run = subprocess.run(
@@ -140,6 +153,11 @@ def test_a_wheel_loads_published_models_offline_in_another_folder(source_and_whe
     assert "'rn18_etf.x'" in lines[1] and "'rn50_sw.in1k'" in lines[1]
     assert lines[2:5] == ["(1, 5)", "(None, 37)", "(None, 512)"]
     assert "train them with `python recipes/pretrain.py --backbone=rn101 --head=etf`" in lines[5]
+    assert lines[6].startswith(
+        f"the weights of rn18_etf.here@1 are not in {tmp_path}/cache/rn18_etf"
+    )
+    assert "saved_models/ of its source repository and in no wheel: copy" in lines[6]
+    assert len(lines) == 7
 
 
 def test_wheel_has_all_modules_and_the_index(source_and_wheel):
@@ -154,7 +172,7 @@ def test_wheel_has_all_modules_and_the_index(source_and_wheel):
             if line.startswith("Requires-Dist: tensorflow")
         ]
     modules = {str(path.relative_to(source)) for path in (source / "etfzoo").rglob("*.py")}
-    assert packed == modules | {"etfzoo/index.json"}
+    assert packed == modules | {"etfzoo/py.typed", "etfzoo/zoo/index.json"}
     # One of the extras brings TensorFlow, never the package itself.
     for requirement in requirements:
         assert "extra ==" in requirement or "tensorflow-datasets" in requirement

@@ -6,7 +6,10 @@
 
 The version is loaded back and its logits are compared bit for bit before it gets its place. An
 existing version is never overwritten. ETFZOO_INDEX=zoo/index.json makes the second one loadable by
-its name wherever that file is.
+its name wherever that file is. An entry without --url is for models that come with a checkout:
+
+  python recipes/publish.py --workdir=runs/rn18 --name=rn18_etf.tiny100_64 --storage=float16 \\
+    --index=etfzoo/zoo/index.json
 """
 
 from etfzoo.cli import app, flags
@@ -29,9 +32,13 @@ def main():
         FLAGS.models_dir,
         FLAGS.version,
         licence=FLAGS.licence,
+        intended_use=FLAGS.intended_use,
+        limits=FLAGS.limits,
         storage=FLAGS.storage,
         index_path=FLAGS.index,
         url=FLAGS.url,
+        default=FLAGS.default,
+        data_dir=FLAGS.data_dir,
     )
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
@@ -39,9 +46,11 @@ def main():
         f"bit\ncard: {folder.parent / 'README.md'}"
     )
     if FLAGS.index:
+        print(f"index: {FLAGS.index}")
+    if FLAGS.url:
         address = release.address(FLAGS.url, FLAGS.name, folder.name)
         pin = manifest.sha256(folder / manifest.NAME)
-        print(f"index: {FLAGS.index}\naddress: {address}#sha256={pin}")
+        print(f"address: {address}#sha256={pin}")
     print(f'next: python -c "import etfzoo; print(etfzoo.info({str(folder)!r}))"')
 
 
@@ -51,9 +60,13 @@ def run():
     flags.string("Model", "model", None, "or a published folder or name")
     flags.string("Model", "name", None, "<backbone>_<method>.<tag>, e.g. rn18_etf.flowers")
     flags.integer("Model", "version", None, "its number (default: one above the highest there)")
-    flags.string("Model", "licence", None, "licence of the weights")
+    flags.string("Model", "licence", None, "of the weights (default: the terms of their images)")
+    flags.string("Model", "intended_use", None, "what it is good for (default: by the facts)")
+    flags.string("Model", "limits", None, "what it is not good for (default: by the facts)")
     flags.string("Model", "storage", "float32", "float32 or float16")
+    flags.string("Files", "data_dir", None, "TFDS data directory, if not that of the training")
     flags.string("Files", "models_dir", "saved_models", "folder of the models")
     flags.string("Files", "index", None, "index file that gets an entry; made if needed")
     flags.string("Files", "url", None, "address under which models_dir will be found, with --index")
+    flags.boolean("Files", "default", False, "the bare name means this model from now on")
     app.run(main, __doc__)

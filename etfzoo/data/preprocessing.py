@@ -50,8 +50,8 @@ def decode_predictions(
     """The likeliest classes of each image.
 
     Args:
-        model: the classifier; its class names are the labels, or the class numbers where it has
-            none.
+        model: the classifier; its `spec.labels` are the labels: what its class names mean where
+            that is known, else the names, or the class numbers where it has none.
         outputs: `[N, K]` or `[K]`: what the model gives.
         top: number of classes an image, at most K.
         from_logits: True says that these are logits, to which softmax is applied, as the models of
@@ -84,10 +84,9 @@ def decode_predictions(
     if from_logits:
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         scores /= scores.sum(-1, keepdims=True)
-    names = spec.class_names or [str(i) for i in range(spec.num_classes)]
     order = np.argsort(-scores, axis=-1, kind="stable")[:, :top]
     return [
-        [(int(i), names[i], float(row[i])) for i in best]
+        [(int(i), spec.labels[i], float(row[i])) for i in best]
         for row, best in zip(scores, order, strict=True)
     ]
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from etfzoo.data.datasets import Dataset
 
 KEYS = 2**31 - 1
+ROLES = ("train", "fit", "select", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Source:
 
     def split(self, role: str) -> str:
         """The split that plays a role (`train`, `fit`, `select`, `test`); else the name itself."""
-        return getattr(self.row, role) if role in ("train", "fit", "select", "test") else role
+        return getattr(self.row, role) if role in ROLES else role
 
     def size(self, split: str) -> int:
         """Number of examples in a split or role.

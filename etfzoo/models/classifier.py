@@ -31,9 +31,11 @@ class ClassifierSpec:
     crop: float = 0.875
     class_names: tuple[str, ...] | None = None
     dtype: str = "float32"
+    # What people are shown where the names are codes, as WordNet ids are; publishing fills it in.
+    class_descriptions: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        for field in ("input_shape", "mean", "std", "class_names"):
+        for field in ("input_shape", "mean", "std", "class_names", "class_descriptions"):
             value = getattr(self, field)
             if value is not None:
                 object.__setattr__(self, field, tuple(value))
@@ -61,10 +63,19 @@ class ClassifierSpec:
             raise EtfzooError(f"mean and std need 3 numbers each; got {self.mean} and {self.std}")
         if self.head is not None and (self.num_classes is None or self.num_classes < 1):
             raise EtfzooError(f"num_classes must be at least 1; got {self.num_classes}")
-        if not all(isinstance(name, str) for name in self.class_names or ()):
-            raise EtfzooError("class_names must be strings")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise EtfzooError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        for field in ("class_names", "class_descriptions"):
+            names = getattr(self, field)
+            if not all(isinstance(name, str) for name in names or ()):
+                raise EtfzooError(f"{field} must be strings")
+            if names is not None and len(names) != self.num_classes:
+                what = field.replace("_", " ")
+                raise EtfzooError(f"{len(names)} {what} for {self.num_classes} classes")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What people are shown for each class: description, else name, else number."""
+        numbers = (str(i) for i in range(self.num_classes or 0))
+        return self.class_descriptions or self.class_names or tuple(numbers)
 
     @classmethod
     def from_dict(cls, values: dict) -> "ClassifierSpec":
@@ -213,7 +224,8 @@ def replace_head(
         **changes: other fields of ClassifierSpec that change, e.g. `input_shape`, `class_names`;
             class names and feature normalisation are not taken over from the old head.
     """
-    defaults = {"class_names": None, "feature_norm": "none", "scale": None}
+    defaults = {"class_names": None, "class_descriptions": None}
+    defaults |= {"feature_norm": "none", "scale": None}
     changes = defaults | changes | {"num_classes": num_classes, "head": head}
     spec = dataclasses.replace(model.spec, **changes)
     fresh = ImageClassifier(spec)

@@ -1,7 +1,9 @@
 """From a finished training to a published version with its card and its line in the index."""
 
 import contextlib
+import dataclasses
 import os
+import re
 import shlex
 import shutil
 import uuid
@@ -10,15 +12,22 @@ from pathlib import Path
 import numpy as np
 
 from etfzoo import files
+from etfzoo.data import sources
+from etfzoo.data.datasets import DATASETS
+from etfzoo.data.source import ROLES
+from etfzoo.data.tfds import WORDS
 from etfzoo.errors import EtfzooError
 from etfzoo.models import checkpoint, weights
 from etfzoo.models.classifier import ImageClassifier
+from etfzoo.progress import say
 from etfzoo.runtime import hardware
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import card, index, manifest, saved_model
 from etfzoo.zoo.load import info, load
 from etfzoo.zoo.publish import check_backend, publish, read_metadata, version_folders
+
+_WORDNET_ID = re.compile(r"n[0-9]{8}")
 
 
 def release(
@@ -28,9 +37,13 @@ def release(
     version: int | None = None,
     *,
     licence: str | None = None,
+    intended_use: str | None = None,
+    limits: str | None = None,
     storage: str = "float32",
     index_path=None,
     url: str | None = None,
+    default: bool = False,
+    data_dir=None,
 ) -> Path:
     """Publishes a trained model as `<models_dir>/<name>/<version>/` and checks what was written.
 
@@ -43,29 +56,38 @@ def release(
         name: full name, `<backbone>_<method>.<tag>`.
         models_dir: folder of the models.
         version: None is one above the highest that exists.
-        licence: licence of the weights.
+        licence: licence of the weights; None is the published one of a handle, and for a workdir
+            the terms of the images that the weights were made from.
+        intended_use, limits: what the card says that the model is good for and not good for; None
+            leaves both to the facts.
         storage: `"float32"` or `"float16"`, see `etfzoo.publish`.
         index_path: an index file that gets an entry; None leaves all alone.
-        url: address under which the content of `models_dir` can be had; with an index only.
+        url: address under which the content of `models_dir` can be had; with an index only. None
+            is for models that a checkout brings with it.
+        default: whether the name without its tag means this model from now on, see
+            `etfzoo.zoo.index.add`.
+        data_dir: where the data set of a workdir is, if it is not where the training found it: of
+            classes with WordNet ids its words.txt tells the meanings.
 
     Returns:
         Path of the version folder.
 
     Raises:
         EtfzooError: another backend than TensorFlow, an unfinished training, a name that does not
-            fit the model, a version that exists, or something that cannot be written.
+            fit the model, a version that exists, images whose terms are not known and no
+            `licence`, or something that cannot be written.
     """
     check_backend()
     backbone, method, tag = index.check_name(name)
-    if (index_path is None) != (url is None):
-        raise EtfzooError(
-            "an index entry needs both: the index file, and the address where the models folder "
-            "will be found (--index=PATH --url=BASE_URL)"
-        )
+    if index_path is None and (url is not None or default):
+        raise EtfzooError("an address and a default belong into an index: say which with --index")
     if index_path is not None and os.path.lexists(index_path):
         index.load(index_path)
-    model, provenance, metrics = _read_source(source)
+    model, provenance, metrics, known_licence = _read_source(source, data_dir)
     _check_name_fits(name, model.spec, backbone, method)
+    licence = licence or known_licence or _licence(provenance)
+    stated = {"intended_use": intended_use, "limits": limits}
+    provenance |= {field: text for field, text in stated.items() if text}
     folder = files.make_directory(models_dir) / name
     known = version_folders(folder)
     version = max(known, default=0) + 1 if version is None else version
@@ -96,8 +118,8 @@ def release(
         files.write_text(readme, card.read(target))
         carded = True
         if index_path is not None:
-            entry = _entry(target, address(url, name, version))
-            index.add(index_path, name, version, _row(target, licence), entry)
+            entry = _entry(target, [address(url, name, version)] if url else [])
+            index.add(index_path, name, version, _row(target, licence), entry, default)
     except BaseException:
         if target is not None:
             shutil.rmtree(target, ignore_errors=True)
@@ -148,34 +170,91 @@ def check(model: ImageClassifier, folder, storage: str = "float32") -> None:
         raise EtfzooError(f"{folder} gives other logits than the model; please report this")
 
 
-def _read_source(source):
-    """The model, its provenance and its metrics."""
+def _read_source(source, data_dir):
+    """The model, its provenance, its metrics and its licence, if it is published with one."""
     workdir = Workdir(source)
     if not workdir.is_run:
         model = load(source)
         known = info(source)
-        return model, known["provenance"], known["metrics"]
+        return model, known["provenance"], known["metrics"], known["licence"]
     result = workdir.read_result()
     if result is None:
         raise EtfzooError(
             f"{workdir} is not finished: it has no {workdir.result.name}; train it to its end"
         )
-    model = checkpoint.load_model(workdir)
     config = TrainConfig.load(workdir.config)
+    model = _described(checkpoint.load_model(workdir), config, data_dir)
     settings = config.results_in()
     for name in ("dataset", "init"):
         settings[name] = settings[name] and files.without_place(settings[name])
     made = hardware.read(workdir)
     if made.get("command"):
         made["command"] = _without_places(made["command"])
+    result = files.read_json(workdir / "result.json")
+    row = DATASETS.get(config.dataset)
+    frozen = "none: the head was fitted to frozen features" if "C" in result else config.epochs
     provenance = {
         "dataset": settings["dataset"],
+        "title": row.title if row else "",
+        "licences": _licences(config),
         "init": settings["init"],
+        "epochs": result.get("epoch", frozen),
         "seed": config.seed,
         **made,
         "config": settings,
     }
-    return model, provenance, result | {"split": config.eval_split}
+    split = config.eval_split
+    if row and split in ROLES:
+        split = getattr(row, split)
+    return model, provenance, result | {"split": split}, None
+
+
+def _described(model, config, data_dir):
+    """The model with the meanings of its classes, where these are named by WordNet ids."""
+    names = model.spec.class_names
+    if not names or not all(_WORDNET_ID.fullmatch(name) for name in names):
+        return model
+    descriptions = None
+    with contextlib.suppress(EtfzooError):
+        source = sources.resolve(config.dataset, data_dir or config.data_dir, prepare=False)
+        if source.class_names == names:
+            descriptions = source.class_descriptions
+    if descriptions is None:
+        say("the classes keep their WordNet ids: no %s of %s was found", WORDS,
+            config.dataset)  # fmt: skip
+        return model
+    described = ImageClassifier(dataclasses.replace(model.spec, class_descriptions=descriptions))
+    weights.assign(described.variables, weights.as_arrays(model.variables))
+    return described
+
+
+def _licences(config) -> dict:
+    """Terms by data set of all images that a run's weights were made from; empty: not known."""
+    terms = {}
+    if config.init:
+        if Workdir(config.init).is_run:
+            terms = _licences(TrainConfig.load(Workdir(config.init).config))
+        else:
+            with contextlib.suppress(EtfzooError):  # it may have been removed since
+                terms = info(config.init)["provenance"].get("licences") or {}
+        if not terms:
+            return {}
+    row = DATASETS.get(config.dataset)
+    return terms | {config.dataset: row.licence} if row and row.licence else {}
+
+
+def _licence(provenance) -> str | None:
+    """That of weights whose publisher states none: the terms of the images they were made from."""
+    if "config" not in provenance:  # a model whose training nothing is known of
+        return None
+    if not provenance.get("licences"):
+        start = f" or of {provenance['init']}, its start," if provenance["init"] else ""
+        raise EtfzooError(
+            f"the terms of {provenance['dataset']}{start} are not known: say under which licence "
+            "the weights are published, e.g. --licence=CC-BY-4.0"
+        )
+    terms = dict.fromkeys(provenance["licences"].values())
+    return f"as the training images ({'; '.join(terms)})"
 
 
 def _without_places(command):
@@ -210,11 +289,11 @@ def _row(folder, licence) -> dict:
     }
 
 
-def _entry(folder, url) -> dict:
+def _entry(folder, urls) -> dict:
     metadata = read_metadata(folder)
     listing = manifest.read(folder) | {manifest.NAME: manifest.entry_of(folder / manifest.NAME)}
     return {
-        "urls": [url],
+        "urls": urls,
         "files": manifest.as_json(listing),
         "metrics": metadata.get("metrics") or {},
         "created": metadata.get("created"),

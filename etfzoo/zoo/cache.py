@@ -165,13 +165,18 @@ def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
     fault = _fault(target, check)
     if fault is None:
         return target
+    if not urls:
+        raise EtfzooError(
+            f"{fault or f'the weights of {what} are not in {target}'}, and the index has no "
+            "address of them; those of etfzoo lie in saved_models/ of its source repository and in "
+            f"no wheel: copy saved_models/{target.parent.name}/{target.name} to that place (below "
+            "ETFZOO_HOME), or load that folder by its path"
+        )
     if is_offline():
         raise EtfzooError(
             f"{fault or f'{what} is not in {target}'}, and ETFZOO_OFFLINE forbids to download it: "
             "unset ETFZOO_OFFLINE, or copy the folder there"
         )
-    if not urls:
-        raise EtfzooError(f"{what} has no address in the index; get it from its owner")
     temporary = target.parent / f".download-{target.name}"
     if fault:
         say("%s: downloading it again", fault)

@@ -13,8 +13,8 @@ def text(name: str, version: int, metadata: dict) -> str:
         name: full name of the model.
         version: its number.
         metadata: see `etfzoo.zoo.publish.read_metadata`; of `provenance` it shows `command`,
-            `dataset`,
-            `init`, `seed`, `hardware`, `seconds` (of training), `intended_use` and `limits`.
+            `dataset` and its `title`, `init`, `epochs`, `seed`, `hardware`, `seconds` (of training),
+            `licences` (terms by data set), `intended_use` and `limits`.
     """
     spec, made = metadata["spec"], metadata.get("provenance") or {}
     height, width, _ = spec.input_shape
@@ -26,30 +26,39 @@ def text(name: str, version: int, metadata: dict) -> str:
     else:
         head = f"trainable linear head, {spec.num_classes} classes"
     norm = "switchable whitening" if spec.norm == "sw" else "batch norm"
-    command = made.get("command")
+    command, dataset, title = (made.get(name) for name in ("command", "dataset", "title"))
+    terms = [f"{data}: {licence}" for data, licence in (made.get("licences") or {}).items()]
     rows = [
         ("Network", f"{spec.backbone} ({norm}), {head}, RGB images of {size}"),
-        ("Trained on", made.get("dataset")),
+        ("Trained on", f"{dataset}: {title}" if dataset and title else dataset),
         ("Started from", made.get("init") or ("random weights" if "init" in made else None)),
         ("Command", f"`{command}`" if command else None),
+        ("Epochs", made.get("epochs")),
         ("Seed", made.get("seed")),
         ("Hardware", made.get("hardware")),
         ("Training time", _duration(made.get("seconds"))),
         ("Made", metadata.get("created")),
         ("Licence of the weights", metadata.get("licence")),
     ]
+    rows += [("Terms of the training images", "; ".join(terms))] if terms else []
     lines = [f"# {name}, version {version}", "", "| | |", "|---|---|"]
     lines += [f"| {title} | {_cell(value)} |" for title, value in rows]
     lines += ["", "## Accuracy", "", *_accuracy(metadata.get("metrics") or {})]
-    intended = made.get("intended_use") or (
-        "Not stated by the publisher. It tells its classes apart on images like those it was "
-        "trained on, and is a start for fine-tuning on others."
-    )
-    limits = made.get("limits") or (
-        "Not stated by the publisher. It gives one of its classes to any image, also to one that "
-        "shows none of them, and was not evaluated on other data than said above."
-    )
-    lines += ["", "## Intended use", "", intended, "", "## Limits", "", limits]
+    like = f"those of {dataset}" if dataset else "those it was trained on"
+    good = [
+        f"A start for fine-tuning on other images of about {size}, by all weights or by its "
+        "features alone."
+    ]
+    bad = ["Data and uses that it was not evaluated on; above is all that it was evaluated on."]
+    if spec.head is not None:
+        good.insert(0, f"Telling its {spec.num_classes} classes apart on images like {like}.")
+        bad.insert(0, "Images that show none of its classes: it gives one of them to any image.")
+    top1 = (metadata.get("metrics") or {}).get("top1")
+    if isinstance(top1, int | float):
+        bad.append(f"What must be right: of 100 images {100 * (1 - top1):.0f} get a wrong class.")
+    good = made.get("intended_use") or "\n".join(f"- {line}" for line in good)
+    bad = made.get("limits") or "\n".join(f"- {line}" for line in bad)
+    lines += ["", "## Good for", "", good, "", "## Not good for", "", bad]
     lines += [
         "",
         "## Use",

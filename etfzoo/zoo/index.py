@@ -11,8 +11,9 @@ checked against the hashes in it (see `etfzoo.zoo.cache`), and nothing checks it
     models          by full name, <backbone>_<method>.<tag>:
         tag, dataset (the source of the weights), num_classes, input_shape, head (left out: the
         one of the method), command (what trains it), metrics, licence (null: unknown)
-        versions    by number, empty while no weights are published: `urls` of the version folder,
-                    `files` {path: {sha256, size}}, files.json among them, `metrics`, `created`
+        versions    by number, empty while no weights are published: `urls` of the version folder
+                    (none: it is in saved_models/ of a checkout only), `files` {path: {sha256,
+                    size}}, files.json among them, `metrics`, `created`
 """
 
 import dataclasses
@@ -95,8 +96,11 @@ def load(path) -> Index:
     return _checked(_document(path), path)
 
 
-def add(path, name: str, version: int, row: dict, published: dict) -> None:
+def add(path, name: str, version: int, row: dict, published: dict, default: bool = False) -> None:
     """Adds a version to an index file, which is made if needed; all or nothing.
+
+    The name without its tag means this model from now on if `default` says so, or if it meant
+    nothing before, or a model without published weights.
 
     Args:
         path: the file.
@@ -104,6 +108,7 @@ def add(path, name: str, version: int, row: dict, published: dict) -> None:
         version: number that the index does not have yet.
         row: the fields of the model but for `tag` and `versions`.
         published: the fields of the version.
+        default: whether the tag becomes the default one.
 
     Raises:
         EtfzooError: the version is there already, or the result would be no valid index.
@@ -117,7 +122,9 @@ def add(path, name: str, version: int, row: dict, published: dict) -> None:
         raise EtfzooError(f"{path} has a version {version} of {name} already; choose another one")
     versions = versions | {str(version): published}
     document["models"][name] = {"tag": tag} | row | {"versions": versions}
-    document["defaults"].setdefault(name.partition(".")[0], tag)
+    bare, defaults = name.partition(".")[0], document["defaults"]
+    if default or bare not in defaults or not _is_published(document, bare):
+        defaults[bare] = tag
     document["index_version"] += 1
     _checked(document, path)
     files.write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -136,6 +143,11 @@ def check_name(name: str) -> tuple[str, str, str]:
             f"backbone {', '.join(BACKBONES)}, the method {', '.join(METHODS)}"
         )
     return match.groups()
+
+
+def _is_published(document, bare):
+    """Whether the default of a name has weights; its row is there, as the index was checked."""
+    return bool(document["models"][f"{bare}.{document['defaults'][bare]}"]["versions"])
 
 
 def _document(path) -> dict:

@@ -72,7 +72,9 @@ def load(
         EtfzooError: unknown name (with close matches), no published weights, a download that
             fails, a folder that holds no model or a damaged one.
     """
-    source = _fetched(_find(name_or_path))
+    source = _find(name_or_path)
+    if load_weights or _has_address(source):  # with its files the spec is the exact one
+        source = _fetched(source)
     model = None
     if source.workdir is not None:
         model = checkpoint.load_model(source.workdir)
@@ -269,6 +271,11 @@ def _find_name(text) -> _Source:
     raise unknown("model", name, {*list_models(), *known.defaults})
 
 
+def _has_address(source) -> bool:
+    versions = source.row.versions if source.row else {}
+    return source.version in versions and bool(versions[source.version].urls)
+
+
 def _fetched(source) -> _Source:
     """The source with its folder here, if its weights are published."""
     if source.row is None or source.version is None:
@@ -306,7 +313,8 @@ def _changed(spec, source, num_classes, head, input_shape, dtype):
     if fresh:  # as in replace_head, nothing of the old head is taken over ...
         changes |= {"head": head, "feature_norm": "none", "scale": None}
         if head is None or num_classes is not None:  # ... but for the classes, if they stay
-            changes |= {"num_classes": num_classes, "class_names": None}
+            changes |= {"num_classes": num_classes}
+            changes |= {"class_names": None, "class_descriptions": None}
     return dataclasses.replace(spec, **changes), fresh
 
 
@@ -362,12 +370,21 @@ def _say(source, spec):
     height, width, _ = spec.input_shape
     parts = [f"{height or 'any'}x{width or 'any'} pixels"]
     parts.append("features" if spec.head is None else f"{spec.num_classes} classes")
+    end = ""
     if source.folder is None:
-        parts.append(f"untrained: {source.row.dataset} weights are not published")
+        unpublished = f": {source.row.dataset} weights are not published"
+        parts.append("untrained" + ("" if source.version else unpublished))
     else:
-        top1 = (publish.read_metadata(source.folder).get("metrics") or {}).get("top1")
+        metadata = publish.read_metadata(source.folder)
+        dataset = (metadata.get("provenance") or {}).get("dataset")
+        if dataset:
+            parts.insert(0, f"trained on {dataset}")
+        top1 = (metadata.get("metrics") or {}).get("top1")
         if isinstance(top1, int | float):
             parts.append(f"top-1 {100 * top1:.1f} %")
+        wanted = index.read().models.get(f"{source.bare}.in1k")
+        if wanted and not wanted.versions and source.name != f"{source.bare}.in1k":
+            end = f"; {wanted.dataset} weights are not published"
     version = f" version {source.version}" if source.version else ""
     where = f" ({source.folder})" if source.folder else ""
-    say("%s is %s%s%s: %s", source.bare, source.name, version, where, ", ".join(parts))
+    say("%s is %s%s%s: %s%s", source.bare, source.name, version, where, ", ".join(parts), end)

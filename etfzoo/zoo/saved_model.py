@@ -288,7 +288,7 @@ def _signatures(spec, forward):
         return pooled(pixels(image_bytes))
 
     def classify_bytes(image_bytes):
-        labels = tf.constant(spec.class_names or [str(i) for i in range(spec.num_classes)])
+        labels = tf.constant(spec.labels)
         probabilities = classify(pixels(image_bytes))["probabilities"]
         scores, ids = tf.math.top_k(probabilities, k=min(TOP_K, spec.num_classes))
         return {"class_ids": tf.cast(ids, tf.int64), "labels": tf.gather(labels, ids)} | {

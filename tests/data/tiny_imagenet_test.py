@@ -1,8 +1,12 @@
 """Tests of the data set made from Tiny ImageNet's archive, on a small archive of its layout."""
 
 import io
+import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -11,9 +15,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from etfzoo import index, saved_model
 from etfzoo.data import sources, tiny_imagenet
 from etfzoo.errors import EtfzooError
-from testing import leftovers, run_recipe
+from testing import CHECKOUT, leftovers, run_recipe
 
 WNIDS = [f"n{10_000_000 + 37 * i:08d}" for i in range(200)]
 CHOSEN = WNIDS[::2]
@@ -225,3 +230,77 @@ def test_a_damaged_zip_file(packed, unpacked, tmp_path):
     assert leftovers(data) == []
     assert "No such file" in run_recipe("prepare", "--archive=x.zip", f"--data_dir={data}", code=2)
     assert "say where it is" in run_recipe("prepare", f"--data_dir={data}", code=2)
+
+
+def git(folder, *arguments):
+    who = "-c", "user.name=t", "-c", "user.email=t@example.org"
+    subprocess.run(["git", "-C", folder, *who, *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_from_the_archive_to_a_name_in_a_clone(prepared, images, tmp_path):
+    """Prepare, train, publish, commit and clone; the clone knows the model offline, by words."""
+    run = tmp_path / "run"
+    flags = "--backbone=rn18", "--protocol=quickstart", "--image_size=16", "--epochs=1"
+    data = f"--data_dir={prepared[0]}"
+    run_recipe("pretrain", "--dataset=tiny_imagenet", data, *flags, f"--workdir={run}")
+    checkout, clone = tmp_path / "checkout", tmp_path / "clone"
+    for name in ("etfzoo", "recipes"):
+        shutil.copytree(CHECKOUT / name, checkout / name)
+    for name in ("setup.py", ".gitignore", ".gitattributes"):
+        shutil.copy(CHECKOUT / name, checkout)
+    git(tmp_path, "init", "-q", checkout)
+    before = index.load(checkout / "etfzoo/zoo/index.json")
+    publish = "--name=rn18_etf.tiny100_64", "--storage=float16", f"--workdir={run}"
+    where = f"--models_dir={checkout}/saved_models", f"--index={checkout}/etfzoo/zoo/index.json"
+    run_recipe("publish", *publish, *where, "--default")
+    git(checkout, "config", "core.autocrlf", "true")  # as on Windows: hashes must not change
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-qm", "a model")
+    git(tmp_path, "-c", "core.autocrlf=true", "clone", "-q", checkout, clone)
+
+    after = index.load(clone / "etfzoo/zoo/index.json")
+    assert after.index_version == before.index_version + 1
+    assert after.defaults == before.defaults | {"rn18_etf": "tiny100_64"}
+    folder = clone / "saved_models/rn18_etf.tiny100_64/1"
+    published = [p for p in folder.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in published) < 25e6 < saved_model.SHARD_BYTES < 95e6
+    card = (folder / "README.md").read_text()
+    assert card == (folder.parent / "README.md").read_text()
+    assert "unknown" not in card.lower() + json.dumps(after.models["rn18_etf.tiny100_64"].metrics)
+    for part in (
+        "| Trained on | tiny_imagenet: 100 classes of Tiny ImageNet",
+        "--dataset=tiny_imagenet --backbone=rn18",
+        "| Epochs | 1 |",
+        "| Licence of the weights | as the training images (ImageNet's terms: non-commercial",
+        "On 200 images of the validation split:\n\n- Top-1: ",
+        "- Top-5: ",
+    ):
+        assert part in card
+    assert str(tmp_path) not in card and str(prepared[0]) not in card
+
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(images["validation"]["val_0.JPEG"][1])
+    code = (
+        "import sys, etfzoo\n"
+        "m = etfzoo.load('rn18_etf')\n"
+        "logits = m(etfzoo.preprocess(m, sys.argv[1]))\n"
+        "print(m.output_shape, m.spec.class_names[0], etfzoo.decode_predictions(m, logits)[0][0])\n"
+    )
+    environment = {"ETFZOO_HOME": str(tmp_path / "none"), "ETFZOO_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", code, photo],
+        cwd=clone,
+        env=os.environ | environment | {"PYTHONPATH": str(clone), "ETFZOO_INDEX": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(f"(None, 100) {CHOSEN[0]} (")
+    assert "'thing n1" in process.stdout and ", it'" in process.stdout
+    (line,) = (x for x in process.stderr.splitlines() if "rn18_etf" in x)
+    assert line.startswith(f"rn18_etf is rn18_etf.tiny100_64 version 1 ({folder}): trained on ")
+    assert "tiny_imagenet, 16x16 pixels, 100 classes, top-1 " in line
+    served = tf.saved_model.load(str(folder)).signatures["serving_bytes"]
+    (labels,) = served(image_bytes=tf.constant([photo.read_bytes()]))["labels"].numpy()
+    assert all(label.startswith(b"thing n1") for label in labels)

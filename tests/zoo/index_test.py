@@ -1,6 +1,8 @@
 """Tests of the index: what it refuses, how it grows, and loading by its names."""
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -138,6 +140,58 @@ def test_a_newer_version_is_said(own_index, site, tmp_path, caplog):
     assert etfzoo.info("rn18_etf.x")["version"] == 1  # what is here is taken
     assert caplog.messages == ["rn18_etf.x@2 is newer than version 1 here and published"]
     assert etfzoo.info("rn18_etf.x@2")["path"] is None
+
+
+def test_the_default_points_to_what_exists(own_index, site):
+    """An unpublished model gives way; a published one stays, unless the publisher says so."""
+    document = {"format": 2, "index_version": 1, "defaults": {"rn18_etf": "in1k"}}
+    document["models"] = {"rn18_etf.in1k": {"tag": "in1k"} | ROW | {"versions": {}}}
+    own_index.write_text(json.dumps(document))
+    found = []
+    for name, default in [("x", False), ("y", False), ("z", True)]:
+        index.add(own_index, f"rn18_etf.{name}", 1, ROW, site.published, default)
+        found.append(index.load(own_index))
+    assert [i.defaults["rn18_etf"] for i in found] == ["x", "x", "z"]
+    assert [i.index_version for i in found] == [2, 3, 4]
+
+
+def test_the_line_about_a_bare_name(own_index, model, tmp_path, caplog):
+    caplog.set_level("INFO", "etfzoo")
+    home = tmp_path / "cache"
+    provenance, metrics = {"dataset": "tiny_imagenet"}, {"top1": 0.4157}
+    folder = etfzoo.publish(model, home / "rn18_etf.x", provenance=provenance, metrics=metrics)
+    document = {"format": 2, "index_version": 1, "defaults": {"rn18_etf": "x"}, "models": {}}
+    for tag, versions in [("x", {}), ("in1k", {})]:
+        row = ROW | {"dataset": "ImageNet-1k"}
+        document["models"][f"rn18_etf.{tag}"] = {"tag": tag} | row | {"versions": versions}
+    own_index.write_text(json.dumps(document))
+    line = (
+        f"rn18_etf is rn18_etf.x version 1 ({folder}): trained on tiny_imagenet, 32x32 pixels, 3 "
+        "classes, top-1 41.6 %"
+    )
+    etfzoo.load("rn18_etf")
+    assert caplog.messages == [line + "; ImageNet-1k weights are not published"]
+    caplog.clear()
+    del document["models"]["rn18_etf.in1k"]  # once they are, nothing has to be said
+    own_index.write_text(json.dumps(document))
+    etfzoo.load("rn18_etf")
+    assert caplog.messages == [line]
+
+
+@pytest.mark.parametrize("offline", ["", "1"])
+def test_weights_without_an_address(own_index, site, model, tmp_path, monkeypatch, offline):
+    """As from a wheel: the index knows the model, and its weights come with a checkout."""
+    monkeypatch.setenv("ETFZOO_OFFLINE", offline)
+    index.add(own_index, "rn18_etf.x", 1, ROW, site.published | {"urls": []})
+    target = tmp_path / "cache/rn18_etf.x/1"
+    message = refused(etfzoo.load, "rn18_etf")
+    assert message.startswith(f"the weights of rn18_etf.x@1 are not in {target}, and the index has")
+    assert "saved_models/ of its source repository and in no wheel" in message
+    assert "copy saved_models/rn18_etf.x/1 to that place (below ETFZOO_HOME)" in message
+    assert etfzoo.load("rn18_etf", load_weights=False).output_shape == (None, 3)
+    shutil.copytree(site.root / "rn18_etf.x/1", target)  # as it says
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    np.testing.assert_array_equal(etfzoo.load("rn18_etf")(images), model(images))
 
 
 def test_offline(own_index, site, monkeypatch):

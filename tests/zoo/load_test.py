@@ -241,24 +241,35 @@ def test_loaded_model_trains_and_publishes_again(tmp_path):
 def test_index_has_the_models_of_the_paper(row, method):
     known = index.read()
     name = f"{row}_{method}"
-    entry = known.models[f"{name}.{known.defaults[name]}"]
+    entry = known.models[f"{name}.in1k"]
     assert row in BACKBONES and method in METHODS
     head, norm = METHODS[method]
     assert f"--backbone={row} --head={head}" in entry.command
     assert ("--norm=sw" in entry.command) == (norm == "sw")
-    assert len(known.models) == len(known.defaults) == 6
+    assert not entry.versions
+
+
+def test_defaults_of_the_index_point_to_what_exists():
+    known = index.read()
+    with_weights = {name for name, row in known.models.items() if row.versions}
+    bare = {name.partition(".")[0] for name in known.models}
+    assert known.defaults.keys() == bare
+    for name, tag in known.defaults.items():
+        assert f"{name}.{tag}" in with_weights or not any(
+            other.startswith(f"{name}.") for other in with_weights
+        )
 
 
 def test_index_without_weights():
     with pytest.raises(etfzoo.EtfzooError) as error:
-        etfzoo.load("rn101_etf")
+        etfzoo.load("rn101_etf.in1k")
     assert str(error.value) == (
         "ImageNet-1k weights of rn101_etf.in1k are not published; train them with `python "
         "recipes/pretrain.py --backbone=rn101 --head=etf`, or pass load_weights=False for the "
         "untrained network"
     )
     with pytest.raises(etfzoo.EtfzooError, match="rn101_etf.in1k has no published version 2"):
-        etfzoo.load("rn101_etf@2")
+        etfzoo.load("rn101_etf.in1k@2")
 
 
 def test_untrained_network_of_the_index():
@@ -267,7 +278,7 @@ def test_untrained_network_of_the_index():
     assert model.input_shape == (None, 224, 224, 3)
     assert (model.spec.backbone, model.spec.head, model.spec.norm) == ("rn50", "linear", "bn")
     small = etfzoo.load(
-        "rn101_etf", num_classes=9, head="etf", load_weights=False, input_shape=(32, 32, 3)
+        "rn101_etf.in1k", num_classes=9, head="etf", load_weights=False, input_shape=(32, 32, 3)
     )
     assert (small.spec.backbone, small.spec.head) == ("rn101", "etf")
     assert (small.input_shape, small.output_shape) == ((None, 32, 32, 3), (None, 9))
@@ -341,7 +352,6 @@ def test_unknown_names_and_folders(tmp_path, zoo_folder):
     for name, match in [
         ("rn18_etf.shape", "unknown model .*did you mean rn18_etf.shapes"),
         ("rn11_etf", "unknown model 'rn11_etf'; did you mean .*rn101_etf"),
-        ("rn18_etf", "unknown model .*did you mean .*rn18_etf.shapes"),
         ("rn18_etf.shapes ", "unknown model 'rn18_etf.shapes '; did you mean rn18_etf.shapes"),
         (tmp_path / "none", "no such folder: .*none"),
         ("./none", "no such folder: none"),
@@ -354,12 +364,18 @@ def test_unknown_names_and_folders(tmp_path, zoo_folder):
         assert "\n" not in str(error.value)
 
 
+def test_a_bare_name_without_a_default(monkeypatch):
+    monkeypatch.setattr(index, "read", lambda: index.Index({}, {}))
+    with pytest.raises(etfzoo.EtfzooError, match="unknown model 'rn18_etf'; did you mean .*shapes"):
+        etfzoo.load("rn18_etf")
+
+
 def test_a_bare_name_says_what_it_is(caplog):
     caplog.set_level(logging.INFO, "etfzoo")
-    etfzoo.load("rn50_etf", load_weights=False, num_classes=2)
+    etfzoo.load("rn50_linear", load_weights=False, num_classes=2)
     assert caplog.messages == [
-        "rn50_etf is rn50_etf.in1k: 224x224 pixels, 1000 classes, untrained: ImageNet-1k weights "
-        "are not published"
+        "rn50_linear is rn50_linear.in1k: 224x224 pixels, 1000 classes, untrained: ImageNet-1k "
+        "weights are not published"
     ]
     caplog.clear()
     etfzoo.load("rn18_etf.shapes", load_weights=False)
@@ -401,7 +417,7 @@ def test_info_of_a_published_model(etf, zoo_folder):
 
 
 def test_info_of_the_index():
-    found = etfzoo.info("rn101_etf")
+    found = etfzoo.info("rn101_etf.in1k")
     assert found["name"] == "rn101_etf.in1k"
     assert found["published"] is False
     assert found["size_bytes"] is found["path"] is None

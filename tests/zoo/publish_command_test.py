@@ -1,5 +1,6 @@
 """Tests of recipes/publish.py as a user calls it, of the card and of what a run records."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -47,6 +48,11 @@ def workdir(tmp_path_factory):
     hardware.write(folder, 12.5)
     files.write_text(folder / "result.json", json.dumps({"top1": 0.25, "examples": 1297}))
     return folder
+
+
+def change_config(workdir, **values):
+    config = TrainConfig.load(workdir / "config.json")
+    dataclasses.replace(config, **values).save(workdir / "config.json")
 
 
 def contents(folder):
@@ -124,6 +130,29 @@ def test_from_a_workdir_to_a_name(workdir, tmp_path):
     np.testing.assert_array_equal(model(images), again(images))
 
 
+def test_licences_of_all_images_that_made_the_weights(workdir, tmp_path):
+    tuned = shutil.copytree(workdir, tmp_path / "tuned")
+    change_config(tuned, dataset="oxford_flowers102", init=str(workdir), eval_split="select")
+    files.write_text(tuned / "result.json", json.dumps({"top1": 0.5, "examples": 9, "C": 0.1}))
+    folder = release.release(tuned, "rn18_etf.flowers", tmp_path / "zoo", limits="Only flowers.")
+    found = etfzoo.info(folder)
+    assert found["licence"] == (
+        "as the training images (CC BY 4.0 (UCI); none stated; made for research)"
+    )
+    for part in (
+        "| Trained on | oxford_flowers102 |",
+        "| Started from | run |",
+        "| Epochs | none: the head was fitted to frozen features |",
+        "| Terms of the training images | digits: CC BY 4.0 (UCI); oxford_flowers102: none stated",
+        "On 9 images of the validation split:",
+        "## Not good for\n\nOnly flowers.\n",
+    ):
+        assert part in found["card"]
+    again = release.release(folder, "rn18_etf.again", tmp_path / "zoo")  # nothing is lost
+    for what in ("licence", "provenance", "metrics"):
+        assert etfzoo.info(again)[what] == found[what]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -141,13 +170,23 @@ def test_what_is_refused(workdir, tmp_path):
     unfinished = shutil.copytree(workdir, tmp_path / "unfinished")
     (unfinished / "result.json").unlink()
     (tmp_path / "bad.json").write_text("[]")
+    photos = shutil.copytree(workdir, tmp_path / "photos")
+    change_config(photos, dataset="folder:/home/me/photos")
+    tuned = shutil.copytree(workdir, tmp_path / "tuned")
+    change_config(tuned, init="/home/me/gone")
     for arguments, options, message in [
         ((unfinished, NAME), {}, "is not finished"),
         ((workdir, "rn50_etf.digits"), {}, "is no name for this model: it is a rn18 with bn and"),
         ((workdir, "rn18_linear.digits"), {}, "is no name for this model"),
         ((workdir, "rn18_sw.digits"), {}, "is no name for this model"),
-        ((workdir, NAME), {"index_path": zoo / "i.json"}, "an index entry needs both"),
-        ((workdir, NAME), {"url": "http://x"}, "an index entry needs both"),
+        ((workdir, NAME), {"url": "http://x"}, "belong into an index: say which with --index"),
+        ((workdir, NAME), {"default": True}, "belong into an index: say which with --index"),
+        ((photos, NAME), {}, "the terms of folder:photos are not known: say under which licence"),
+        (
+            (tuned, NAME),
+            {},
+            "the terms of digits or of gone, its start, are not known",
+        ),
         ((workdir, NAME), {"index_path": tmp_path / "bad.json", "url": "http://x"}, "is no index"),
         ((workdir, NAME), {"version": 0}, "version must be a positive integer"),
         ((workdir, NAME), {"storage": "int8"}, "storage"),
@@ -218,6 +257,7 @@ def test_the_card_of_a_model_of_which_nothing_is_known(tmp_path):
     text = (etfzoo.publish(model, tmp_path / "rn18_etf.x") / "README.md").read_text()
     for title in ("Trained on", "Started from", "Command", "Seed", "Hardware", "Training time"):
         assert f"| {title} | unknown |" in text
+    assert "| Epochs | unknown |\n" in text and "Terms of the training images" not in text
     assert "| Licence of the weights | unknown |" in text
     assert "## Accuracy\n\nUnknown.\n" in text and "%" not in text
     assert "fixed ETF head, 3 classes, RGB images of 32 x 32 pixels" in text
@@ -233,6 +273,9 @@ def test_the_card_shows_what_is_known(tmp_path):
             "command": "python x.py",
             "hardware": "2 x GPU",
             "seconds": 7261,
+            "title": "two letters",
+            "epochs": 14,
+            "licences": {"a|b": "CC0", "c": "for research"},
             "limits": "Only digits.",
         },
         "metrics": {"top1": 0.125, "examples": 8, "split": "test"},
@@ -241,11 +284,14 @@ def test_the_card_shows_what_is_known(tmp_path):
     for part in (
         "# rn18_etf.x, version 4",
         "no head: pooled features, RGB images of any size",
-        "| Trained on | a\\|b |",
+        "| Trained on | a\\|b: two letters |",
+        "| Epochs | 14 |",
+        "| Terms of the training images | a\\|b: CC0; c: for research |",
         "| Started from | rn18_etf.in1k |",
         "| Training time | 2 h 1 min |",
         "On 8 images of the test split:\n\n- Top-1: 12.50 %\n",
-        "## Limits\n\nOnly digits.\n",
+        "## Good for\n\n- A start for fine-tuning on other images of about any size, by",
+        "## Not good for\n\nOnly digits.\n",
     ):
         assert part in text
     assert "decode_predictions" not in text

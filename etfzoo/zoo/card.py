@@ -13,8 +13,8 @@ def text(name: str, version: int, metadata: dict) -> str:
         name: full name of the model.
         version: its number.
         metadata: see `etfzoo.zoo.publish.read_metadata`; of `provenance` it shows `command`,
-            `dataset` and its `title`, `init`, `epochs`, `seed`, `hardware`, `seconds` (of training),
-            `licences` (terms by data set), `intended_use` and `limits`.
+            `dataset` and its `title`, `init`, `epochs`, `seed`, `hardware`, `seconds` (of
+            training), `licences` (terms by data set), `intended_use` and `limits`.
     """
     spec, made = metadata["spec"], metadata.get("provenance") or {}
     height, width, _ = spec.input_shape

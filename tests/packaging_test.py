@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from etfzoo import index
 from etfzoo.version import __version__
+from etfzoo.zoo import index
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from etfzoo import index, saved_model
 from etfzoo.data import sources, tiny_imagenet
 from etfzoo.errors import EtfzooError
+from etfzoo.zoo import index, saved_model
 from testing import CHECKOUT, leftovers, run_recipe
 
 WNIDS = [f"n{10_000_000 + 37 * i:08d}" for i in range(200)]

@@ -15,6 +15,10 @@ import pytest
 from PIL import Image
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+# Code in another interpreter may import what stands beside a test.
+_PATH = os.pathsep.join(
+    map(str, [CHECKOUT, CHECKOUT / "tests", *(CHECKOUT / "tests").glob("[a-z]*/")])
+)
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 SIDE = 32
 
@@ -55,7 +59,7 @@ def fresh_python(code, *args, **environment):
     """Runs code in a new interpreter with `args` as `sys.argv[1:]`; returns what it prints."""
     process = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | environment,
+        env=os.environ | {"PYTHONPATH": _PATH} | environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -148,13 +148,20 @@ def _measured(cell, config):
 
 def _in_a_process(cell):
     """The document of one combination, measured in a process of its own; None if it failed."""
+    from etfzoo.experiments.runner import python_path
+
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "cell.json")
         given = [f"--{name}={value}" for name, value in (cell | {"output": path}).items()]
         kept = ("strategy", "tpu", "num_virtual_devices", "num_classes", "rounds", "seconds")
         given += [f"--{n}={FLAGS[n].value}" for n in kept if FLAGS[n].value is not None]
         print(f"measuring {' '.join(cell.values())}", flush=True)
-        process = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True)
+        process = subprocess.run(
+            [sys.executable, "-m", "etfzoo.cli", "benchmark", *given],
+            env=os.environ | {"PYTHONPATH": python_path()},
+            capture_output=True,
+            text=True,
+        )
         if process.returncode:
             print(process.stdout + process.stderr, end="", flush=True)
             return None

@@ -187,7 +187,9 @@ class _Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _environment(slot, self.jobs, self.gpus) | {"PYTHONPATH": _path()},
+                env=os.environ
+                | _environment(slot, self.jobs, self.gpus)
+                | {"PYTHONPATH": python_path()},
                 pass_fds=() if self.held is None else (self.held,),
                 start_new_session=True,  # Ctrl-C arrives here alone, and is handed on once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
@@ -266,7 +268,8 @@ def _reason(run, code):
     return f"{last} (exit code {code}, {run.log})"
 
 
-def _path() -> str:
+def python_path() -> str:
+    """PYTHONPATH of a process that runs `-m etfzoo.cli`, from wherever this one was started."""
     known = os.environ.get("PYTHONPATH")
     return os.pathsep.join([str(_ROOT), *([known] if known else [])])
 

@@ -190,7 +190,6 @@ def _read_source(source, data_dir):
     made = hardware.read(workdir)
     if made.get("command"):
         made["command"] = _without_places(made["command"])
-    result = files.read_json(workdir / "result.json")
     row = DATASETS.get(config.dataset)
     frozen = "none: the head was fitted to frozen features" if "C" in result else config.epochs
     provenance = {

@@ -386,7 +386,7 @@ print(json.dumps(results))
 
 def test_replicas():
     """Synchronised ones are one device; others each have a fused op, as they have in Keras."""
-    results = json.loads(fresh_python(_MIRRORED, PYTHONPATH=PATH).splitlines()[-1])
+    results = json.loads(fresh_python(_MIRRORED).splitlines()[-1])
     assert len(results) == 4
     for dtype, synchronized, ours, theirs, whole in results:
         bound = 1e-12 if dtype == "float64" else 1e-5
@@ -421,7 +421,7 @@ assert kinds == {keras.layers.BatchNormalization}
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax_backend():
-    fresh_python(_JAX, KERAS_BACKEND="jax", PYTHONPATH=PATH)
+    fresh_python(_JAX, KERAS_BACKEND="jax")
 
 
 _STOCK_KERAS = """

@@ -368,7 +368,7 @@ print(json.dumps(errors))
 
 @pytest.mark.parametrize("shares", [[[4, 4], [5, 3]], [[2, 2, 2], [1, 2, 3]]])
 def test_synchronized_replicas_are_one_device(shares):
-    out = fresh_python(_MIRRORED, json.dumps(shares), PYTHONPATH=PATH)
+    out = fresh_python(_MIRRORED, json.dumps(shares))
     found = json.loads(out.splitlines()[-1])
     assert [synchronized for synchronized, _ in found] == [True, True, False] * 2
     for synchronized, error in found:
@@ -396,4 +396,4 @@ t.check(t.make(5), t.data(4, 5, 7, ratio=3), function=forward_backward)
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax_backend():
-    fresh_python(_JAX, KERAS_BACKEND="jax", PYTHONPATH=PATH)
+    fresh_python(_JAX, KERAS_BACKEND="jax")

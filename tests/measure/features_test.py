@@ -164,7 +164,7 @@ np.savez(sys.argv[5], features=found.features, labels=found.labels)
 def test_several_devices_see_every_example_once(photos, model, tmp_path, devices):
     etfzoo.publish(model, tmp_path / "model")
     out = tmp_path / "out.npz"
-    fresh_python(_DEVICES, devices, photos, CHECKOUT / "tests", tmp_path / "model", out)
+    fresh_python(_DEVICES, devices, photos, CHECKOUT / "tests/measure", tmp_path / "model", out)
     several = dict(np.load(out))
     one = features.Extractor(model).load(pipeline(photos), "train")
     np.testing.assert_array_equal(several["labels"], one.labels)

@@ -83,5 +83,5 @@ with open(sys.argv[2], "wb") as file:
 
 @pytest.mark.slow
 def test_two_devices_follow_their_weights_too(tmp_path):
-    fresh_python(_MIRRORED, CHECKOUT / "tests", tmp_path / "states")
+    fresh_python(_MIRRORED, CHECKOUT / "tests/runtime", tmp_path / "states")
     check(pickle.loads((tmp_path / "states").read_bytes()))

@@ -6,9 +6,7 @@ import shutil
 
 import pytest
 
-from testing import CHECKOUT, fresh_python, run_recipe
-
-PATH = f"{CHECKOUT}:{CHECKOUT}/tests"
+from testing import fresh_python, run_recipe
 
 needs_jax = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="JAX is not installed"
@@ -16,7 +14,7 @@ needs_jax = pytest.mark.skipif(
 
 
 def on_jax(code, *args):
-    return fresh_python(code, *args, KERAS_BACKEND="jax", PYTHONPATH=PATH)
+    return fresh_python(code, *args, KERAS_BACKEND="jax")
 
 
 _IMAGES = """

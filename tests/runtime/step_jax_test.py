@@ -21,8 +21,6 @@ from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
 from testing import CHECKOUT, fresh_python, make_image_folder
 
-PATH = f"{CHECKOUT}:{CHECKOUT}/tests"
-
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="JAX is not installed"
 )
@@ -40,7 +38,7 @@ if keras.backend.backend() == "jax":
 
 
 def on_jax(code, *args, **environment):
-    return fresh_python(code, *args, KERAS_BACKEND="jax", PYTHONPATH=PATH, **environment)
+    return fresh_python(code, *args, KERAS_BACKEND="jax", **environment)
 
 
 _STEPS = """
@@ -186,7 +184,7 @@ def trained(tmp_path_factory):
             out = folder / ("_".join(map(str, key)) + ".npz")
             fresh_python(
                 _TRAIN, devices, norm, photos, out,
-                KERAS_BACKEND=backend, PYTHONPATH=PATH,
+                KERAS_BACKEND=backend,
             )  # fmt: skip
             done[key] = dict(np.load(out))
         return done[key]

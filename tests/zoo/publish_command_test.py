@@ -220,7 +220,7 @@ def test_on_failure_nothing_is_left(workdir, tmp_path, monkeypatch, step, existi
         raise etfzoo.EtfzooError("it failed")
 
     if step == "check":  # a real difference: one weight of the model in memory has changed since
-        publish_it = release.export.publish
+        publish_it = release.publish
 
         def publish_and_change(model, *args, **kwargs):
             written = publish_it(model, *args, **kwargs)
@@ -228,7 +228,7 @@ def test_on_failure_nothing_is_left(workdir, tmp_path, monkeypatch, step, existi
             bias.assign(bias + 1)
             return written
 
-        monkeypatch.setattr(release.export, "publish", publish_and_change)
+        monkeypatch.setattr(release, "publish", publish_and_change)
     elif step == "card":
         real = files.atomic
 

@@ -107,12 +107,12 @@ def photographs():
 
 
 def reference_image(encoded, crop):
-    """Decoded, cropped to a centred window of whole pixels and resized, all by Pillow."""
+    """Decoded, and a centred window of it resized, all by Pillow."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    side = round(crop * min(image.size))
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    window = image.crop((left, top, left + side, top + side))
-    return np.asarray(window.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
+    side = crop * min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box), np.float32)
 
 
 def test_serving_bytes(model, served):
@@ -124,7 +124,7 @@ def test_serving_bytes(model, served):
     probabilities = tf.nn.softmax(model(images)).numpy()
     order = np.argsort(-probabilities, axis=-1)[:, :5]
     scores = outputs["scores"].numpy()
-    # Decoders and rounding differ by a few levels, hence the tolerance; a wrong image is far off.
+    # Pillow rounds once more, hence the tolerance; a wrong image is far off.
     ids = outputs["class_ids"].numpy()
     expected = np.take_along_axis(probabilities, ids, axis=-1)
     assert np.abs(scores - expected).max() < 0.05

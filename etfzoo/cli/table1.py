@@ -50,9 +50,6 @@ def main():
     jobs = _value("jobs")
     if jobs < 1:
         raise etfzoo.EtfzooError(f"--jobs must be at least 1; got {jobs}")
-    speed = FLAGS.images_per_second
-    if speed is not None and not 0 < speed < float("inf"):
-        raise etfzoo.EtfzooError(f"--images_per_second must be a positive number; got {speed:g}")
     gpus = tf.config.list_physical_devices("GPU")
     tf.config.set_visible_devices([], "GPU")  # their memory is for the cells
     if FLAGS.dry_run:
@@ -107,48 +104,36 @@ def _settings():
 def _print_plan(settings, jobs):
     from etfzoo.experiments import sweep
     from etfzoo.experiments.runner import clock
-    from etfzoo.models.backbones import forward_gflop
 
     cells = sweep.cells(settings)
-    speeds, given = sweep.measured_speeds(cells), None
-    if FLAGS.images_per_second:
-        first = cells[0].config
-        given = 3 * FLAGS.images_per_second * forward_gflop(first.backbone, first.image_size)
-    total = {"steps": 0, "gflop": 0.0, "seconds": 0.0}
-    unknown, states = 0, {}
+    rates = sweep.measured_rates(cells)
+    total, seconds, unknown, states = 0, 0.0, 0, {}
     for number, cell in enumerate(cells, 1):
         state = sweep.state(cell)
         states[state] = states.get(state, 0) + 1
-        left = sweep.remaining_gflop(cell)
-        speed = sweep.speed(cell, speeds) or given
+        left, rate = sweep.remaining_images(cell), rates.get(sweep.kind(cell))
         steps = sum(sweep.steps(config) for _, config in cell.runs())
+        total += steps
         if not left:
             time = "done"
-        elif speed:
-            time = f"about {clock(left / speed)}"
-            total["seconds"] += left / speed
+        elif rate:
+            time = f"about {clock(left / rate)}"
+            seconds += left / rate
         else:
             time, unknown = "no measurement yet", unknown + 1
-        total["steps"] += steps
-        total["gflop"] += left
         print(
-            f"{number}/{len(cells)} {cell.name}: {state}, {steps:,} steps, "
-            f"{sweep.cell_gflop(cell):,.0f} GFLOP, {time}\n"
+            f"{number}/{len(cells)} {cell.name}: {state}, {steps:,} steps, {time}\n"
             f"    python recipes/{cell.command}.py {shlex.join(cell.arguments())}"
         )
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     print(
-        f"\n{len(cells)} cells: {counts}\n{total['steps']:,} training steps in all, "
-        f"{total['gflop']:,.0f} GFLOP to go (convolutions; a training pass counts as three forward "
-        "passes), without what a search may be widened by"
+        f"\n{len(cells)} cells: {counts}\n{total:,} training steps in all, without what a "
+        "search may be widened by"
     )
-    if total["seconds"]:
-        print(f"about {clock(total['seconds'] / jobs)} with --jobs={jobs}, where it is known")
+    if seconds:
+        print(f"about {clock(seconds / jobs)} with --jobs={jobs}, where it is known")
     if unknown:
-        print(
-            f"{unknown} cells without a measurement: run some, or pass --images_per_second=N, the "
-            f"images a second that training {settings.backbones[0]} on {settings.source} takes in"
-        )
+        print(f"{unknown} cells of a kind (backbone, norm, size, mode) that was not measured yet")
     if len(settings.source_learning_rates) > 1:
         print(
             f"the pretraining's rate is searched with {settings.backbones[0]} and seed "
@@ -188,7 +173,5 @@ def run():
     flags.integer("Machine", "jobs", 1, "cells at a time; they share the cores, and GPUs one each")
     flags.boolean("Sweep", "dry_run", False, "print the plan, and run nothing")
     flags.boolean("Sweep", "quick", False, "small embedded data, rn18, two seeds")
-    flags.real("Sweep", "images_per_second", None, "training speed of the first backbone on the "
-             "source, for the plan's times where nothing was measured")  # fmt: skip
     flags.string("Files", "workdir", None, "directory of the sweep (default: runs/table1)")
     app.run(main, __doc__)

@@ -38,7 +38,7 @@ class _Running:
     log: Path
     offset: int  # where in the log this process began
     start: float
-    gflop: float
+    images: float
 
 
 def _write_settings(settings, command):
@@ -177,7 +177,7 @@ class _Runner:
     def _launch(self, cell, slot):
         log = self.root / "logs" / (cell.name.replace("/", "_") + ".log")
         command = [sys.executable, "-m", "etfzoo.cli", cell.command, *cell.arguments()]
-        gflop = sweep.remaining_gflop(cell)
+        images = sweep.remaining_images(cell)
         with open(log, "ab") as output:
             offset = output.tell()
             output.write((shlex.join(command) + "\n").encode())
@@ -194,7 +194,7 @@ class _Runner:
                 start_new_session=True,  # Ctrl-C arrives here alone, and is handed on once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-        return _Running(cell, slot, process, log, offset, time.monotonic(), gflop)
+        return _Running(cell, slot, process, log, offset, time.monotonic(), images)
 
     def _collect(self):
         for run in list(self.running):
@@ -206,7 +206,7 @@ class _Runner:
             result = Workdir(run.cell.workdir).read_result() if code == 0 else None
             if result is not None:
                 before = self.walls.get(sweep.kind(run.cell), (0.0, 0.0))
-                self.walls[sweep.kind(run.cell)] = (before[0] + run.gflop, before[1] + seconds)
+                self.walls[sweep.kind(run.cell)] = (before[0] + run.images, before[1] + seconds)
                 self._say(
                     f"{run.cell.name}: top-1 {100 * result['top1']:.2f} % after {clock(seconds)}"
                 )
@@ -234,20 +234,20 @@ class _Runner:
 
     def _to_go(self):
         """From what cells of the same kind took in this call, else from what was measured."""
-        speeds, seconds, unknown = None, 0.0, False
-        left = [(cell, sweep.remaining_gflop(cell)) for cell in self.waiting]
+        rates, seconds, unknown = None, 0.0, False
+        left = [(cell, sweep.remaining_images(cell)) for cell in self.waiting]
         now = time.monotonic()
         for run in self.running:
-            left.append((run.cell, run.gflop))
+            left.append((run.cell, run.images))
             seconds -= now - run.start
-        for cell, gflop in left:
+        for cell, images in left:
             if sweep.kind(cell) in self.walls:
                 done, wall = self.walls[sweep.kind(cell)]
-                seconds += gflop * wall / max(done, 1e-9)
+                seconds += images * wall / max(done, 1e-9)
                 continue
-            speeds = sweep.measured_speeds(self.cells) if speeds is None else speeds
-            speed = sweep.speed(cell, speeds)
-            seconds, unknown = seconds + (gflop / speed if speed else 0), unknown or not speed
+            rates = sweep.measured_rates(self.cells) if rates is None else rates
+            rate = rates.get(sweep.kind(cell))
+            seconds, unknown = seconds + (images / rate if rate else 0), unknown or not rate
         if unknown:
             return "time to go not measured yet"
         return f"about {clock(max(seconds, 0) / self.jobs)} to go"

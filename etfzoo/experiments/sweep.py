@@ -14,7 +14,6 @@ from pathlib import Path
 from etfzoo.data.datasets import DATASETS
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, unknown
-from etfzoo.models.backbones import forward_gflop
 from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.runtime import hardware
 from etfzoo.training import protocols, search
@@ -303,8 +302,8 @@ def steps(config: TrainConfig) -> int:
     return config.epochs * (size // config.batch_size)
 
 
-def run_gflop(config: TrainConfig) -> float:
-    """Billions of operations of a training: 3 forward passes a trained image, 1 an evaluated."""
+def _run_images(config: TrainConfig) -> float:
+    """Images that a training takes; one that is only evaluated counts as a third."""
     train, test = (
         examples(config.dataset, split, config.data_dir)
         for split in (config.train_split, config.eval_split)
@@ -312,21 +311,17 @@ def run_gflop(config: TrainConfig) -> float:
     seen = -(-config.epochs // config.eval_every) * test
     if config.neural_collapse_every:
         seen += -(-config.epochs // config.neural_collapse_every) * (train + test)
-    images = 3 * steps(config) * config.batch_size + seen
-    return images * forward_gflop(config.backbone, config.image_size)
+    return steps(config) * config.batch_size + seen / 3
 
 
-def _frozen_gflop(config):
-    roles = ("fit", "select", "train", "test")
-    images = sum(examples(config.dataset, role, config.data_dir) for role in roles)
-    return images * forward_gflop(config.backbone, config.image_size)
-
-
-def cell_gflop(cell: Cell) -> float:
-    """Billions of operations of a cell's network passes, without a widening of its search."""
-    if cell.mode in ("linear_probe", "knn"):
-        return _frozen_gflop(cell.config)
-    return sum(run_gflop(config) for _, config in cell.runs())
+def _work(cell: Cell) -> list[tuple[Path, float, float]]:
+    """Workdir, images and the share of them that is done, of each run of a cell."""
+    runs = cell.runs()
+    if runs:
+        return [(path, _run_images(config), _done(path, config)) for path, config in runs]
+    config, roles = cell.config, ("fit", "select", "train", "test")
+    images = sum(examples(config.dataset, role, config.data_dir) for role in roles) / 3
+    return [(cell.workdir, images, float(Workdir(cell.workdir).finished))]
 
 
 def _done(workdir, config) -> float:
@@ -335,42 +330,26 @@ def _done(workdir, config) -> float:
     return 1.0 if workdir.finished else len(workdir.history()) / config.epochs
 
 
-def remaining_gflop(cell: Cell) -> float:
-    """Billions of operations that are left of a cell."""
+def remaining_images(cell: Cell) -> float:
+    """Images that are left of a cell, without a widening of its search."""
     if Workdir(cell.workdir).finished:
         return 0.0
-    runs = cell.runs()
-    if not runs:
-        return cell_gflop(cell)
-    return sum((1 - _done(path, config)) * run_gflop(config) for path, config in runs)
+    return sum(images * (1 - done) for _, images, done in _work(cell))
 
 
 def kind(cell: Cell) -> tuple:
-    """What cells must have in common to be equally fast, an operation."""
+    """What cells must have in common to take as long for an image."""
     mode = cell.mode if not cell.runs() else "train"
     return mode, cell.config.backbone, cell.config.norm, cell.config.image_size
 
 
-def measured_speeds(all_cells) -> dict[tuple, float]:
-    """GFLOP a second by `kind`, of whole and partial runs in the sweep's directory."""
+def measured_rates(all_cells) -> dict[tuple, float]:
+    """Images a second by `kind`, of whole and partial runs in the sweep's directory."""
     totals = {}
     for cell in all_cells:
-        runs = [(path, _done(path, c) * run_gflop(c)) for path, c in cell.runs()]
-        if not runs and Workdir(cell.workdir).finished:
-            runs = [(cell.workdir, cell_gflop(cell))]
-        for path, gflop in runs:
+        for path, images, done in _work(cell):
             seconds = hardware.read(path).get("seconds", 0)
-            if gflop and seconds:
+            if done and seconds:
                 before = totals.get(kind(cell), (0, 0))
-                totals[kind(cell)] = (before[0] + gflop, before[1] + seconds)
-    return {key: gflop / seconds for key, (gflop, seconds) in totals.items()}
-
-
-def speed(cell: Cell, speeds) -> float | None:
-    """GFLOP a second of a cell: measured for its kind, else for training, else with other norms."""
-    mode, backbone, norm, size = kind(cell)
-    for key in ((mode, backbone, norm, size), ("train", backbone, norm, size)):
-        if key in speeds:
-            return speeds[key]
-    others = [v for (m, b, _, s), v in speeds.items() if (m, b, s) == ("train", backbone, size)]
-    return min(others, default=None)
+                totals[kind(cell)] = before[0] + done * images, before[1] + seconds
+    return {key: images / seconds for key, (images, seconds) in totals.items()}

@@ -19,34 +19,6 @@ from etfzoo.models.table import get_backbone
 BATCH_NORM_MOMENTUM = 0.9
 
 
-def forward_gflop(name: str, size: int) -> float:
-    """Billions of multiplications and additions of the convolutions, for one image.
-
-    Args:
-        name: a row of `BACKBONES`.
-        size: height and width of the image in pixels.
-    """
-    row = get_backbone(name)
-    bottleneck = row.block_type == "block"
-    side, channels = -(-size // 2), 64
-    products = side**2 * 7 * 7 * 3 * channels
-    side = -(-side // 2)
-    for stage, blocks in enumerate(row.blocks):
-        filters = 64 * 2**stage
-        out = filters * 4 if bottleneck else filters
-        side = -(-side // (1 if stage == 0 else 2))
-        for block in range(blocks):
-            if bottleneck:
-                weights = channels * filters + 9 * filters**2 + filters * out
-            else:
-                weights = 9 * channels * filters + 9 * filters**2
-            if block == 0 and (bottleneck or stage > 0):  # the shortcut
-                weights += channels * out
-            products += side**2 * weights
-            channels = out
-    return 2 * products / 1e9
-
-
 def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
     """Calls a fresh backbone on a symbolic image tensor.
 

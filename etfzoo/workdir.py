@@ -121,7 +121,7 @@ class Workdir(os.PathLike):
         try:
             lines = self.metrics_jsonl.read_text("utf-8").splitlines()
             return [json.loads(line) for line in lines]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError) as error:
             raise EtfzooError(f"cannot read {self.metrics_jsonl}: {error}") from error

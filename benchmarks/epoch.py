@@ -56,7 +56,7 @@ def main():
     batch = next(iter(pipeline.training(config.train_split, 0)))
     evaluating = 0.0
 
-    class Timed(loop._Run):
+    class Timed(loop.Trainer):
         def _evaluate(self):
             nonlocal evaluating
             start = time.perf_counter()

@@ -104,7 +104,7 @@ def remove_temporaries(directory) -> None:
             path.unlink()
 
 
-def without_place(name: str) -> str:
+def strip_local_folder(name: str) -> str:
     """A name without the folders of this machine that it starts with, for what is published.
 
     `/home/me/runs/a` becomes `a`, `folder:../photos` becomes `folder:photos`; what lies below the

@@ -7,7 +7,7 @@ import time
 _log = logging.getLogger("etfzoo")
 
 
-def say(message: str, *args) -> None:
+def notify(message: str, *args) -> None:
     """Logs one line for a person; without any logging configuration it shows on stderr."""
     if not _log.hasHandlers():
         _log.addHandler(logging.StreamHandler(sys.stderr))

@@ -18,7 +18,7 @@ def main():
     from etfzoo.data import sources
     from etfzoo.experiments import plots
     from etfzoo.measure import accuracy
-    from etfzoo.runtime.interruption import leaving_when_a_worker_is_lost
+    from etfzoo.runtime.interruption import exit_if_worker_lost
     from etfzoo.runtime.strategy import chief_first, is_chief, wait_for_all
 
     if not FLAGS.model:
@@ -26,7 +26,7 @@ def main():
     strategy = configs.open_strategy(FLAGS)
     with strategy.scope():
         model = etfzoo.load(FLAGS.model)
-    with leaving_when_a_worker_is_lost(strategy):
+    with exit_if_worker_lost(strategy):
         source = chief_first(strategy, lambda: sources.resolve(FLAGS.dataset, FLAGS.data_dir))
         predictions = accuracy.evaluate(model, source, FLAGS.split, FLAGS.batch_size, strategy)
         wait_for_all(strategy)

@@ -26,7 +26,7 @@ def main():
     from etfzoo.data.pipeline import evaluation_pipeline
     from etfzoo.experiments import html
     from etfzoo.measure import features
-    from etfzoo.runtime.interruption import leaving_when_a_worker_is_lost
+    from etfzoo.runtime.interruption import exit_if_worker_lost
     from etfzoo.runtime.strategy import check_batch_size, chief_first, is_chief, wait_for_all
 
     if not FLAGS.model:
@@ -42,7 +42,7 @@ def main():
         pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
         return extractor.load(pipeline, split, FLAGS.feature_cache or None), source.num_classes
 
-    with leaving_when_a_worker_is_lost(strategy):
+    with exit_if_worker_lost(strategy):
         ood = load(FLAGS.ood_dataset, "test")[0] if FLAGS.ood_dataset else None
         sets, results = {}, {}
         for split in FLAGS.split:

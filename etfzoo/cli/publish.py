@@ -18,7 +18,7 @@ from etfzoo.cli.flags import FLAGS
 
 def main():
     import etfzoo
-    from etfzoo.training import release
+    from etfzoo.training import publish_run
     from etfzoo.zoo import index, manifest
 
     if bool(FLAGS.workdir) == bool(FLAGS.model):
@@ -26,7 +26,7 @@ def main():
     if not FLAGS.name:
         raise etfzoo.EtfzooError("say under which name, e.g. --name=rn18_etf.flowers")
     index.check_name(FLAGS.name)
-    folder = release.release(
+    folder = publish_run.publish_run(
         FLAGS.workdir or FLAGS.model,
         FLAGS.name,
         FLAGS.models_dir,
@@ -48,7 +48,7 @@ def main():
     if FLAGS.index:
         print(f"index: {FLAGS.index}")
     if FLAGS.url:
-        address = release.address(FLAGS.url, FLAGS.name, folder.name)
+        address = publish_run.address(FLAGS.url, FLAGS.name, folder.name)
         pin = manifest.sha256(folder / manifest.NAME)
         print(f"address: {address}#sha256={pin}")
     print(f'next: python -c "import etfzoo; print(etfzoo.info({str(folder)!r}))"')

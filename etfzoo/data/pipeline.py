@@ -23,7 +23,7 @@ PARALLEL = os.cpu_count()  # examples at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class InputShare:
     """What one input pipeline of a `tf.distribute` strategy reads of each global batch.
 
     Attributes:
@@ -104,7 +104,7 @@ class Pipeline:
         return sum(1 for _ in self._records(split))
 
     def training(
-        self, split: str, epoch: int, start_step: int = 0, share: Share | None = None
+        self, split: str, epoch: int, start_step: int = 0, share: InputShare | None = None
     ) -> tf.data.Dataset:
         """One epoch of `(images uint8 [B, H, W, 3], labels int32 [B])`; a rest is dropped.
 
@@ -141,7 +141,7 @@ class Pipeline:
         return self.batched(examples, share, drop_remainder=True)
 
     def training_records(
-        self, split: str, epoch: int, start_step: int = 0, share: Share | None = None
+        self, split: str, epoch: int, start_step: int = 0, share: InputShare | None = None
     ) -> tf.data.Dataset:
         """The records that `training` makes its images of, in its order."""
         records = self._records(split, self._epoch_seeds(epoch)[0])
@@ -156,7 +156,7 @@ class Pipeline:
         draws = tf.constant(self._epoch_seeds(epoch)[1], tf.int32)
         return lambda record: tf.stack([draws, tf.cast(record["key"], tf.int32)])
 
-    def evaluation(self, split: str, share: Share | None = None) -> tf.data.Dataset:
+    def evaluation(self, split: str, share: InputShare | None = None) -> tf.data.Dataset:
         """All examples of a split or role, in file order; the last batch may be smaller.
 
         With a share all batches are whole: the last one is filled up with images of label -1.
@@ -168,7 +168,7 @@ class Pipeline:
         examples = self.evaluation_records(split, share).map(example, PARALLEL)
         return self.batched(examples, share, drop_remainder=False)
 
-    def evaluation_records(self, split: str, share: Share | None = None) -> tf.data.Dataset:
+    def evaluation_records(self, split: str, share: InputShare | None = None) -> tf.data.Dataset:
         """The records that `evaluation` makes its images of, in its order."""
         records = self._records(split)
         if share is not None:
@@ -236,7 +236,7 @@ class Pipeline:
 
         return records.enumerate().filter(mine).map(lambda number, record: record)
 
-    def batched(self, examples, share: Share | None, drop_remainder: bool) -> tf.data.Dataset:
+    def batched(self, examples, share: InputShare | None, drop_remainder: bool) -> tf.data.Dataset:
         """Batches of a share of examples, prefetched; in the order of the examples."""
         size = self.batch_size // (share.replicas if share else 1)
         batches = examples.batch(size, drop_remainder=drop_remainder or share is not None)

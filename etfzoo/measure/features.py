@@ -16,7 +16,7 @@ from etfzoo.data.pipeline import Pipeline, evaluation_pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 from etfzoo.models import weights
-from etfzoo.models.classifier import is_head
+from etfzoo.models.classifier import is_head_variable
 from etfzoo.progress import Progress
 from etfzoo.runtime import backend
 from etfzoo.runtime.strategy import get_strategy, is_chief, num_workers
@@ -155,7 +155,7 @@ def content_hash(model, pipeline: Pipeline, split: str) -> str:
     settings |= {"preprocessing": pipeline.preprocessing, "data": pipeline.fingerprint(split)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, array in sorted(weights.as_arrays(model.variables).items()):
-        if not is_head(path):
+        if not is_head_variable(path):
             digest.update(f"{path} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:32]

@@ -229,11 +229,11 @@ def replace_head(
     changes = defaults | changes | {"num_classes": num_classes, "head": head}
     spec = dataclasses.replace(model.spec, **changes)
     fresh = ImageClassifier(spec)
-    weights.assign(fresh.variables, weights.as_arrays(model.variables), skip=is_head)
+    weights.assign(fresh.variables, weights.as_arrays(model.variables), skip=is_head_variable)
     return fresh
 
 
-def is_head(path: str) -> bool:
+def is_head_variable(path: str) -> bool:
     """Whether a variable path belongs to the head."""
     return path.startswith("logits/")
 

@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from etfzoo.data import augment
-from etfzoo.data.pipeline import PARALLEL, Pipeline, Share
+from etfzoo.data.pipeline import PARALLEL, InputShare, Pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress
 
@@ -70,7 +70,7 @@ class DeviceCache:
             draws = augment.draw(shape, seed(record), height, width, augmentation, crop)
             return record["index"], *draws, record["label"]
 
-        share = Share()
+        share = InputShare()
         records = self.pipeline.training_records(split, epoch, start_step, share)
         return self._batches(images, records.map(drawn, PARALLEL), share)
 
@@ -89,7 +89,7 @@ class DeviceCache:
             windows = augment.evaluation_window(shape, height, width, crop)
             return record["index"], *windows, True, pad, False, record["label"]
 
-        share = Share()
+        share = InputShare()
         records = self.pipeline.evaluation_records(split, share)
         return self._batches(images, records.map(drawn, PARALLEL), share)
 

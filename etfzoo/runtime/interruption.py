@@ -56,7 +56,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def leaving_when_a_worker_is_lost(strategy):
+def exit_if_worker_lost(strategy):
     """Ends the process with EXIT_WORKER_LOST when a collective fails in this block.
 
     Its collectives cannot go on, and an orderly exit would wait for the worker that is gone.

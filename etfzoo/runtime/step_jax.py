@@ -8,7 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from keras import ops
 
-from etfzoo.data.pipeline import Share
+from etfzoo.data.pipeline import InputShare
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import losses
 from etfzoo.runtime.strategy import get_strategy
@@ -158,7 +158,7 @@ def distribute(strategy, dataset_of):
         tuples of JAX arrays.
     """
     ahead = None
-    for batch in dataset_of(Share()).as_numpy_iterator():
+    for batch in dataset_of(InputShare()).as_numpy_iterator():
         batch = _placed(batch, strategy)  # returns before the copy is done
         if ahead is not None:
             yield ahead

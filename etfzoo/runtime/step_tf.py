@@ -3,7 +3,7 @@
 import tensorflow as tf
 from keras import ops
 
-from etfzoo.data.pipeline import Share
+from etfzoo.data.pipeline import InputShare
 from etfzoo.data.source import reading
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import losses
@@ -129,7 +129,7 @@ def distribute(strategy, dataset_of):
     # Not experimental_distribute_dataset: its sharding decodes everything everywhere.
     return strategy.distribute_datasets_from_function(
         lambda context: dataset_of(
-            Share(
+            InputShare(
                 context.input_pipeline_id,
                 context.num_input_pipelines,
                 context.num_replicas_in_sync,

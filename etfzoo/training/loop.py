@@ -19,7 +19,7 @@ from etfzoo.models.checkpoint import CheckpointManager
 from etfzoo.progress import Progress
 from etfzoo.runtime import backend, hardware
 from etfzoo.runtime.averaging import WeightAverage
-from etfzoo.runtime.interruption import Stopped, StopRequest, leaving_when_a_worker_is_lost
+from etfzoo.runtime.interruption import Stopped, StopRequest, exit_if_worker_lost
 from etfzoo.runtime.strategy import (
     check_agreement,
     check_batch_size,
@@ -58,7 +58,7 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
         Stopped: SIGTERM or SIGINT arrived, here or at another worker; the run is saved.
 
     With several workers, a lost one ends the process: see
-    `etfzoo.runtime.interruption.leaving_when_a_worker_is_lost`.
+    `etfzoo.runtime.interruption.exit_if_worker_lost`.
     """
     if keras.backend.backend() not in backend.SUPPORTED:
         raise EtfzooError(
@@ -71,7 +71,7 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     check_workdir(config, workdir)
     finished = Workdir(workdir).read_result()
-    with leaving_when_a_worker_is_lost(strategy):
+    with exit_if_worker_lost(strategy):
         check_agreement(strategy, config.results_in() | {"a finished run": finished is not None})
         return finished or _train(config, workdir, strategy)
 
@@ -88,7 +88,7 @@ def _train(config, workdir, strategy):
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
     cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
     workdir = claim_workdir(config, workdir) if is_chief(strategy) else Workdir(workdir)
-    return _Run(config, workdir, strategy, pipeline, model, cache).train()
+    return Trainer(config, workdir, strategy, pipeline, model, cache).train()
 
 
 def check_workdir(config: TrainConfig, workdir) -> None:
@@ -111,7 +111,7 @@ def claim_workdir(config: TrainConfig, workdir) -> Workdir:
     return workdir
 
 
-class _Run:
+class Trainer:
     """One run: the loop and its state."""
 
     def __init__(self, config, workdir, strategy, pipeline, model, cache):

@@ -10,7 +10,7 @@ import numpy as np
 from etfzoo import files
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
-from etfzoo.runtime.interruption import leaving_when_a_worker_is_lost
+from etfzoo.runtime.interruption import exit_if_worker_lost
 from etfzoo.runtime.strategy import chief_first, get_strategy, is_chief
 from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
@@ -74,7 +74,7 @@ def pick(
     if len(candidates) == 1:
         return candidates[0]
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
-    with leaving_when_a_worker_is_lost(strategy):
+    with exit_if_worker_lost(strategy):
         source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
     metric, given = source.row.metric, len(rates)
     chief = is_chief(strategy)

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from etfzoo import files
 from etfzoo.errors import EtfzooError
-from etfzoo.progress import Progress, say
+from etfzoo.progress import Progress, notify
 from etfzoo.zoo import download, manifest
 
 try:
@@ -179,7 +179,7 @@ def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
         )
     temporary = target.parent / f".download-{target.name}"
     if fault:
-        say("%s: downloading it again", fault)
+        notify("%s: downloading it again", fault)
     with _locked(temporary):
         if _fault(target, check) is None:  # another process was faster
             shutil.rmtree(temporary / "files", ignore_errors=True)
@@ -192,7 +192,7 @@ def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
                 return target
             except (download.NetworkError, download.WrongContent) as e:
                 if error is not None:
-                    say("%s", e)
+                    notify("%s", e)
                 error = error or e
         raise error
 
@@ -217,7 +217,7 @@ def _download(folder, what, url, listing, try_out):
         total = sum(entry.size for entry in listing.values())
         have = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         download.check_free_space(folder, total - have)
-        say("downloading %s (%.1f MB) from %s", what, total / 1e6, url)
+        notify("downloading %s (%.1f MB) from %s", what, total / 1e6, url)
         progress = Progress(what, -(-total // 10**6), quiet=not sys.stdout.isatty(), unit="MB")
         done = 0
         for name, entry in sorted(listing.items()):
@@ -318,7 +318,7 @@ def _flock(descriptor, folder):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process downloads into %s: waiting for it", folder.parent)
+            notify("another process downloads into %s: waiting for it", folder.parent)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as e:
         # A file system without locks, as on some clusters: one process at a time works there too.

@@ -30,7 +30,7 @@ from etfzoo.errors import EtfzooError, first_line, unknown
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
 from etfzoo.models.table import METHODS
-from etfzoo.progress import say
+from etfzoo.progress import notify
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import cache, card, index, manifest, publish
 
@@ -97,7 +97,7 @@ def load(
     else:
         arrays = weights.as_arrays(model.variables)
     result = _build(target, source)
-    skip = classifier.is_head if fresh else lambda path: False
+    skip = classifier.is_head_variable if fresh else lambda path: False
     weights.assign(result.variables, arrays, f"the weights of {source}", skip)
     return result
 
@@ -256,7 +256,7 @@ def _find_name(text) -> _Source:
                 continue
             if version is None and chosen < max(published, default=0):
                 newest = f"{full}@{max(published)}"
-                say("%s is newer than version %d here and published", newest, chosen)
+                notify("%s is newer than version %d here and published", newest, chosen)
             if root == cache.home() and chosen in published:
                 return _fetched(_Source(full, chosen, row=row, bare=bare))
             return _Source(full, chosen, folder=_verified(versions[chosen]), bare=bare)
@@ -387,4 +387,4 @@ def _say(source, spec):
             end = f"; {wanted.dataset} weights are not published"
     version = f" version {source.version}" if source.version else ""
     where = f" ({source.folder})" if source.folder else ""
-    say("%s is %s%s%s: %s%s", source.bare, source.name, version, where, ", ".join(parts), end)
+    notify("%s is %s%s%s: %s%s", source.bare, source.name, version, where, ", ".join(parts), end)

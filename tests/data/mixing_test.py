@@ -8,7 +8,7 @@ from scipy import stats
 from etfzoo.data import sources
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
-from etfzoo.data.pipeline import Pipeline, Share
+from etfzoo.data.pipeline import InputShare, Pipeline
 from etfzoo.errors import EtfzooError
 from testing import fresh_python, make_image_folder
 
@@ -172,7 +172,9 @@ def test_batches_repeat_and_resume_bit_for_bit(photos):
 def test_shares_of_all_pipelines_are_the_global_batches(photos, count, replicas, start):
     whole = read(make_pipeline(photos, BOTH).training("train", 5, start))
     parts = [
-        read(make_pipeline(photos, BOTH).training("train", 5, start, Share(i, count, replicas)))
+        read(
+            make_pipeline(photos, BOTH).training("train", 5, start, InputShare(i, count, replicas))
+        )
         for i in range(count)
     ]
     local = replicas // count
@@ -217,5 +219,5 @@ def test_two_devices_get_the_batches_of_one(photos, tmp_path):
 @pytest.mark.parametrize("batch, replicas", [(7, 1), (6, 2), (12, 4)])
 def test_half_a_pair_on_a_device_is_refused(photos, batch, replicas):
     with pytest.raises(EtfzooError, match=f"pass a multiple of {2 * replicas}"):
-        make_pipeline(photos, BOTH, batch).training("train", 0, 0, Share(0, 1, replicas))
+        make_pipeline(photos, BOTH, batch).training("train", 0, 0, InputShare(0, 1, replicas))
     Mixing().check_batch_size(batch, replicas)

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from etfzoo.data import augment, sources
 from etfzoo.data.augmentation import CROPS, Augmentation
-from etfzoo.data.pipeline import Pipeline, Share, find_corrupt
+from etfzoo.data.pipeline import InputShare, Pipeline, find_corrupt
 from etfzoo.errors import EtfzooError
 from testing import make_image_folder
 
@@ -266,7 +266,7 @@ def test_shares_of_all_pipelines_are_the_global_batches(
     parts = []
     for index in range(count):
         decoded.clear()
-        share = Share(index, count, replicas)
+        share = InputShare(index, count, replicas)
         parts.append(read(make_pipeline(source).training("train", 5, start, share)))
         # No worker decodes what another one trains on.
         assert len(decoded) == len(set(decoded)) == (TRAIN // BATCH - start) * BATCH // count
@@ -284,7 +284,7 @@ def test_shares_of_an_evaluation_hold_every_example_once(source, count, replicas
     (images, labels), rest = read(make_pipeline(source).evaluation("test"))
     images, labels = np.concatenate([images, rest[0]]), np.concatenate([labels, rest[1]])
     parts = [
-        read(make_pipeline(source).evaluation("test", Share(index, count, replicas)))
+        read(make_pipeline(source).evaluation("test", InputShare(index, count, replicas)))
         for index in range(count)
     ]
     local = replicas // count
@@ -312,9 +312,9 @@ def test_nothing_is_autotuned(digits, embedded_dir, source, monkeypatch, streame
         for batches in (
             data.records("train", 3),
             pipeline.training("train", 0),
-            pipeline.training("train", 0, share=Share(1, 2, 2)),
+            pipeline.training("train", 0, share=InputShare(1, 2, 2)),
             pipeline.evaluation("test"),
-            pipeline.evaluation("test", Share(0, 2, 2)),
+            pipeline.evaluation("test", InputShare(0, 2, 2)),
         ):
             options = batches.options()
             assert options.autotune.enabled is False and options.deterministic

@@ -21,7 +21,7 @@ _IMAGES = """
 import sys, itertools, numpy as np, tensorflow as tf
 from pathlib import Path
 from etfzoo.data.augmentation import Augmentation
-from etfzoo.data.pipeline import Pipeline, Share
+from etfzoo.data.pipeline import Pipeline, InputShare
 from etfzoo.data.sources import resolve
 from etfzoo.runtime.device_cache import DeviceCache
 from etfzoo.runtime.strategy import get_strategy
@@ -42,7 +42,7 @@ for split, label, number in itertools.product(("train", "val"), ("a", "b"), rang
 source = resolve(f"folder:{root}")
 strategy = get_strategy("mirrored", num_virtual_devices=devices) if devices > 1 else \\
     get_strategy("one_device")
-share = Share()
+share = InputShare()
 
 def check(expected, found):
     expected, found = list(expected.as_numpy_iterator()), list(found)

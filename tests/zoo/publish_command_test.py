@@ -14,7 +14,7 @@ import etfzoo
 from etfzoo import files
 from etfzoo.models import checkpoint
 from etfzoo.runtime import hardware
-from etfzoo.training import loop, release
+from etfzoo.training import loop, publish_run
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import card, index, manifest
@@ -79,7 +79,9 @@ def test_the_command_leaves_out_the_places_of_a_machine():
 
 def test_a_published_command_names_no_folder_of_the_machine():
     flags = "--model=/home/me/runs/a --init ../b/ '--dataset=folder:~/my photos' --i=runs/c"
-    found = release._without_places(f"python train.py {flags} --model=https://a.b/c --o=k=/d/e")
+    found = publish_run._strip_local_folders(
+        f"python train.py {flags} --model=https://a.b/c --o=k=/d/e"
+    )
     assert found == (
         "python train.py --model=a --init b '--dataset=folder:my photos' --i=runs/c "
         "--model=https://a.b/c --o=k=e"
@@ -121,7 +123,7 @@ def test_from_a_workdir_to_a_name(workdir, tmp_path):
     assert contents(zoo) == before
 
     entry = {"index_path": zoo / "index.json", "url": "http://127.0.0.1:9/zoo"}
-    assert release.release(folder, NAME, zoo, **entry) == zoo / NAME / "2"
+    assert publish_run.publish_run(folder, NAME, zoo, **entry) == zoo / NAME / "2"
     assert set(index.load(zoo / "index.json").models[NAME].versions) == {1, 2}
     assert etfzoo.info(zoo / NAME / "2")["provenance"] == made
     assert "version 2" in (zoo / NAME / "README.md").read_text()
@@ -134,7 +136,9 @@ def test_licences_of_all_images_that_made_the_weights(workdir, tmp_path):
     tuned = shutil.copytree(workdir, tmp_path / "tuned")
     change_config(tuned, dataset="oxford_flowers102", init=str(workdir), eval_split="select")
     files.write_text(tuned / "result.json", json.dumps({"top1": 0.5, "examples": 9, "C": 0.1}))
-    folder = release.release(tuned, "rn18_etf.flowers", tmp_path / "zoo", limits="Only flowers.")
+    folder = publish_run.publish_run(
+        tuned, "rn18_etf.flowers", tmp_path / "zoo", limits="Only flowers."
+    )
     found = etfzoo.info(folder)
     assert found["licence"] == (
         "as the training images (CC BY 4.0 (UCI); none stated; made for research)"
@@ -148,7 +152,7 @@ def test_licences_of_all_images_that_made_the_weights(workdir, tmp_path):
         "## Not good for\n\nOnly flowers.\n",
     ):
         assert part in found["card"]
-    again = release.release(folder, "rn18_etf.again", tmp_path / "zoo")  # nothing is lost
+    again = publish_run.publish_run(folder, "rn18_etf.again", tmp_path / "zoo")  # nothing is lost
     for what in ("licence", "provenance", "metrics"):
         assert etfzoo.info(again)[what] == found[what]
 
@@ -192,7 +196,7 @@ def test_what_is_refused(workdir, tmp_path):
         ((workdir, NAME), {"storage": "int8"}, "storage"),
     ]:
         with pytest.raises(etfzoo.EtfzooError, match=message):
-            release.release(*arguments, zoo, **options)
+            publish_run.publish_run(*arguments, zoo, **options)
         assert not zoo.exists() or not os.listdir(zoo), message
 
 
@@ -212,7 +216,7 @@ def test_on_failure_nothing_is_left(workdir, tmp_path, monkeypatch, step, existi
     entry = {"index_path": zoo / "index.json", "url": "http://x"}
     zoo.mkdir()
     if existing:
-        release.release(workdir, NAME, zoo, **entry)
+        publish_run.publish_run(workdir, NAME, zoo, **entry)
     before = contents(zoo)
     text = (zoo / NAME / "README.md").read_text() if existing else None
 
@@ -220,7 +224,7 @@ def test_on_failure_nothing_is_left(workdir, tmp_path, monkeypatch, step, existi
         raise etfzoo.EtfzooError("it failed")
 
     if step == "check":  # a real difference: one weight of the model in memory has changed since
-        publish_it = release.publish
+        publish_it = publish_run.publish
 
         def publish_and_change(model, *args, **kwargs):
             written = publish_it(model, *args, **kwargs)
@@ -228,7 +232,7 @@ def test_on_failure_nothing_is_left(workdir, tmp_path, monkeypatch, step, existi
             bias.assign(bias + 1)
             return written
 
-        monkeypatch.setattr(release, "publish", publish_and_change)
+        monkeypatch.setattr(publish_run, "publish", publish_and_change)
     elif step == "card":
         real = files.atomic
 
@@ -243,7 +247,7 @@ def test_on_failure_nothing_is_left(workdir, tmp_path, monkeypatch, step, existi
         monkeypatch.setattr(index, "add", fail)
     message = "1 weights differ, conv1_bn/beta" if step == "check" else "it failed"
     with pytest.raises(etfzoo.EtfzooError, match=message):
-        release.release(workdir, NAME, zoo, **entry)
+        publish_run.publish_run(workdir, NAME, zoo, **entry)
     monkeypatch.undo()
     after = contents(zoo)
     assert after.keys() == before.keys()

@@ -19,7 +19,7 @@ from etfzoo.data.tfds import WORDS
 from etfzoo.errors import EtfzooError
 from etfzoo.models import checkpoint, weights
 from etfzoo.models.classifier import ImageClassifier
-from etfzoo.progress import say
+from etfzoo.progress import notify
 from etfzoo.runtime import hardware
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
@@ -30,7 +30,7 @@ from etfzoo.zoo.publish import check_backend, publish, read_metadata, version_fo
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
 
 
-def release(
+def publish_run(
     source,
     name: str,
     models_dir="saved_models",
@@ -186,10 +186,10 @@ def _read_source(source, data_dir):
     model = _described(checkpoint.load_model(workdir), config, data_dir)
     settings = config.results_in()
     for name in ("dataset", "init"):
-        settings[name] = settings[name] and files.without_place(settings[name])
+        settings[name] = settings[name] and files.strip_local_folder(settings[name])
     made = hardware.read(workdir)
     if made.get("command"):
-        made["command"] = _without_places(made["command"])
+        made["command"] = _strip_local_folders(made["command"])
     row = DATASETS.get(config.dataset)
     frozen = "none: the head was fitted to frozen features" if "C" in result else config.epochs
     provenance = {
@@ -219,7 +219,7 @@ def _described(model, config, data_dir):
         if source.class_names == names:
             descriptions = source.class_descriptions
     if descriptions is None:
-        say("the classes keep their WordNet ids: no %s of %s was found", WORDS,
+        notify("the classes keep their WordNet ids: no %s of %s was found", WORDS,
             config.dataset)  # fmt: skip
         return model
     described = ImageClassifier(dataclasses.replace(model.spec, class_descriptions=descriptions))
@@ -256,10 +256,12 @@ def _licence(provenance) -> str | None:
     return f"as the training images ({'; '.join(terms)})"
 
 
-def _without_places(command):
+def _strip_local_folders(command):
     """A command whose arguments name no folder of the machine that it ran on."""
     parts = (word.rpartition("=") for word in shlex.split(command))
-    return shlex.join(flag + equals + files.without_place(value) for flag, equals, value in parts)
+    return shlex.join(
+        flag + equals + files.strip_local_folder(value) for flag, equals, value in parts
+    )
 
 
 def _check_name_fits(name, spec, backbone, method):

@@ -48,7 +48,7 @@ def train_config(task, **known):
         **known: fields that are not flags, or whose flag lists several values.
     """
     given = {
-        field.name: _value(field)
+        field.name: setting_value(field.name)
         for field in dataclasses.fields(TrainConfig)
         if field.name in FLAGS and field.name not in known and FLAGS[field.name].value is not None
     }
@@ -62,9 +62,10 @@ def train_config(task, **known):
     return TrainConfig(**(defaults | values))
 
 
-def _value(field):
-    """A setting's value as its flag gives it."""
-    value, (kind, _) = FLAGS[field.name].value, kind_of(field)
+def setting_value(name):
+    """A setting's value as its flag gives it; None where the flag is left alone."""
+    (field,) = (f for f in dataclasses.fields(TrainConfig) if f.name == name)
+    value, (kind, _) = FLAGS[name].value, kind_of(field)
     if not isinstance(value, list):
         return value
     (part, *_) = typing.get_args(kind)
@@ -74,7 +75,7 @@ def _value(field):
         return [part(text) for text in value if text]
     except ValueError as error:
         raise etfzoo.EtfzooError(
-            f"--{field.name} takes {'size:epochs pairs' if typing.get_args(part) else 'numbers'} "
+            f"--{name} takes {'size:epochs pairs' if typing.get_args(part) else 'numbers'} "
             f"separated by commas; got {','.join(value)!r}"
         ) from error
 

@@ -20,7 +20,7 @@ from etfzoo.workdir import folder_name
 
 def main():
     import etfzoo
-    from etfzoo.training import transfer
+    from etfzoo.training.job import Job
 
     if not (FLAGS.model or FLAGS.config):
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
@@ -31,26 +31,30 @@ def main():
     config = configs.finetune_config(FLAGS.model, rates, decays)
     name = os.path.basename(str(config.init).rstrip("/"))
     workdir = FLAGS.workdir or (f"runs/{name}/{folder_name(config.dataset)}_{FLAGS.mode}")
+    full = FLAGS.mode == "full"
+    job = Job(
+        config,
+        workdir,
+        FLAGS.mode,
+        rates,
+        decays,
+        FLAGS.widen,
+        feature_cache=None if full else FLAGS.feature_cache or None,
+    )
     print(f"{FLAGS.mode} of {config.init} on {config.dataset} -> {workdir}", flush=True)
-    if FLAGS.mode == "linear_probe":
-        result = transfer.linear_probe(config, workdir, feature_cache=FLAGS.feature_cache or None)
-    elif FLAGS.mode == "knn":
-        result = transfer.knn(config, workdir, feature_cache=FLAGS.feature_cache or None)
-    elif FLAGS.mode == "full":
+    if job.mode == "full":
         configs.print_assumed(config, "finetune")
         if FLAGS.profile:
             configs.print_profile(config)
             return
-        result = transfer.finetune(config, workdir, rates, decays, FLAGS.widen)
-    else:
-        raise etfzoo.EtfzooError(f"--mode is full, linear_probe or knn; got {FLAGS.mode!r}")
+    result = job.run()
     top5 = f"  top-5 {100 * result['top5']:.2f} %" if "top5" in result else ""
     print(
         f"top-1 {100 * result['top1']:.2f} %{top5}  mean per-class "
         f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images of the "
         f"{config.eval_split} split"
     )
-    if FLAGS.mode != "knn":  # which leaves no model
+    if job.mode != "knn":  # which leaves no model
         print(
             f"next: python recipes/evaluate.py --model={workdir} --dataset={config.dataset}"
             f"{configs.data_dir_flag(config)}"

@@ -20,7 +20,7 @@ from etfzoo.workdir import folder_name
 
 def main():
     import etfzoo
-    from etfzoo.training import loop, search
+    from etfzoo.training.job import Job
 
     rates = configs.parse_numbers("learning_rate") if FLAGS.learning_rate else []
     config = configs.train_config("pretrain", **({"learning_rate": rates[0]} if rates else {}))
@@ -39,8 +39,9 @@ def main():
     if FLAGS.profile:
         configs.print_profile(config)
         return
-    config = search.pick(config, workdir, rates, (), FLAGS.widen, FLAGS.search_epochs)
-    result = loop.train_and_evaluate(config, workdir)
+    result = Job(
+        config, workdir, learning_rates=rates, widen=FLAGS.widen, search_epochs=FLAGS.search_epochs
+    ).run()
     print(
         f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
         f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images\n"

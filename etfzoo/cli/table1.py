@@ -84,6 +84,7 @@ def _settings():
         raise etfzoo.EtfzooError(f"--seeds takes whole numbers: {error}") from error
     root = FLAGS.workdir or ("runs/table1_quick" if FLAGS.quick else "runs/table1")
     given = {name: _value(name) for name in SETTINGS}
+    given["image_size_schedule"] = configs.setting_value("image_size_schedule") or ()
     if FLAGS.quick and not FLAGS.data_dir:
         given["data_dir"] = os.path.join(root, "data")
         if not FLAGS.dry_run:
@@ -123,7 +124,7 @@ def _print_plan(settings, jobs):
             time, unknown = "no measurement yet", unknown + 1
         print(
             f"{number}/{len(cells)} {cell.name}: {state}, {steps:,} steps, {time}\n"
-            f"    python recipes/{cell.command}.py {shlex.join(cell.arguments())}"
+            f"    python recipes/{cell.job.command}.py {_arguments(cell)}"
         )
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     print(
@@ -141,6 +142,16 @@ def _print_plan(settings, jobs):
         )
 
 
+def _arguments(cell):
+    from etfzoo.experiments import sweep
+
+    arguments = cell.ready_job().arguments()
+    if cell.rate_of is not None and sweep.picked_rate(cell.rate_of) is None:
+        arguments = [text for text in arguments if not text.startswith("--learning_rate=")]
+        arguments.append(f"--learning_rate=(as picked in {cell.rate_of.name})")
+    return shlex.join(arguments)
+
+
 def run():
     """Defines the flags and runs the command."""
     data, training = "Data", "Training"
@@ -149,6 +160,7 @@ def run():
                 "oxford_flowers102,dtd", "data sets that models are transferred to")  # fmt: skip
     flags.string(data, "data_dir", None, "TFDS data directory (default: TFDS's own)")
     flags.integer(data, "image_size", None, "height and width in pixels (default: the protocol's)")
+    flags.settings("image_size_schedule")
     flags.strings("Model", "backbones", "rn50,rn101", "rn18, rn34, rn50 or rn101")
     flags.strings("Model", "methods", "linear,sw,etf", "linear, sw (linear with whitening) or etf")
     flags.strings("Model", "modes", "full,linear_probe,knn", "what is done on targets")

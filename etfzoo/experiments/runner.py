@@ -176,7 +176,9 @@ class _Runner:
 
     def _launch(self, cell, slot):
         log = self.root / "logs" / (cell.name.replace("/", "_") + ".log")
-        command = [sys.executable, "-m", "etfzoo.cli", cell.command, *cell.arguments()]
+        job = log.with_suffix(".json")
+        cell.ready_job().save(job)
+        command = [sys.executable, "-m", "etfzoo.training", f"--config={job}"]
         images = sweep.remaining_images(cell)
         with open(log, "ab") as output:
             offset = output.tell()
@@ -269,7 +271,7 @@ def _reason(run, code):
 
 
 def python_path() -> str:
-    """PYTHONPATH of a process that runs `-m etfzoo.cli`, from wherever this one was started."""
+    """PYTHONPATH of a process that runs `-m etfzoo.training`, wherever this one was started."""
     known = os.environ.get("PYTHONPATH")
     return os.pathsep.join([str(_ROOT), *([known] if known else [])])
 

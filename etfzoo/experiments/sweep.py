@@ -18,12 +18,12 @@ from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.runtime import hardware
 from etfzoo.training import protocols, search
 from etfzoo.training.config import TrainConfig
+from etfzoo.training.job import MODES, Job
 from etfzoo.workdir import Workdir, folder_name
 
 TARGETS = (
     "cifar100", "cifar10", "stl10", "svhn_cropped", "oxford_iiit_pet", "oxford_flowers102", "dtd",
 )  # fmt: skip
-MODES = ("full", "linear_probe", "knn")
 FINISHED, RESUMABLE, TO_DO = "finished", "resumable", "to do"
 
 
@@ -45,6 +45,7 @@ class Sweep:
         source_search_epochs: of each candidate of the pretraining; None is all epochs.
         epochs, batch_size, finetune_epochs, finetune_batch_size, image_size, eval_every,
             mixed_precision: as in TrainConfig; None is the protocol's or the default.
+        image_size_schedule: of the pretraining, as in TrainConfig.
     """
 
     root: str
@@ -64,6 +65,7 @@ class Sweep:
     finetune_epochs: int | None = None
     finetune_batch_size: int | None = None
     image_size: int | None = None
+    image_size_schedule: tuple[tuple[int, int], ...] = ()
     eval_every: int | None = None
     mixed_precision: str | None = None
 
@@ -99,41 +101,46 @@ class Cell:
     """One pretraining, or one way to use it on one target.
 
     Attributes:
-        mode: `pretrain`, `full`, `linear_probe` or `knn`.
-        config: what is trained; with several `rates` the learning rate is one of them.
-        method, rates: of the pretraining; learning rates that are searched.
-        search_epochs: of each candidate.
-        flags: of the command, by name.
+        job: what is trained; with several rates the learning rate is one of them.
+        method: of the pretraining.
         needs: cells that must be finished before.
         rate_of: the cell whose search tells the learning rate.
     """
 
-    mode: str
-    workdir: Path
-    config: TrainConfig
+    job: Job
     method: str
-    flags: dict = dataclasses.field(compare=False, repr=False)
-    rates: tuple[float, ...] = ()
-    search_epochs: int | None = None
     needs: tuple["Cell", ...] = ()
     rate_of: "Cell | None" = None
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.job.config
+
+    @property
+    def workdir(self) -> Path:
+        return Path(self.job.workdir)
+
+    @property
+    def mode(self) -> str:
+        """`pretrain`, `full`, `linear_probe` or `knn`."""
+        return self.job.mode if self.config.init else "pretrain"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates that are searched; none or one is no search."""
+        return self.job.learning_rates
 
     @property
     def name(self) -> str:
         return "/".join(self.workdir.parts[-2 if self.mode == "pretrain" else -3 :])
 
-    @property
-    def command(self) -> str:
-        """Of `etfzoo`, that runs this cell."""
-        return "pretrain" if self.mode == "pretrain" else "finetune"
-
-    def arguments(self) -> list[str]:
-        """Flags of that command."""
-        flags = dict(self.flags)
-        if self.rate_of is not None:
-            rate = picked_rate(self.rate_of)
-            flags["learning_rate"] = f"(as picked in {self.rate_of.name})" if rate is None else rate
-        return [f"--{k}" if v is True else f"--{k}={_text(v)}" for k, v in flags.items()]
+    def ready_job(self) -> Job:
+        """The job with the learning rate that the search of another cell has picked by now."""
+        rate = picked_rate(self.rate_of) if self.rate_of is not None else None
+        if rate is None:
+            return self.job
+        config = dataclasses.replace(self.config, learning_rate=rate)
+        return dataclasses.replace(self.job, config=config)
 
     def runs(self) -> list[tuple[Path, TrainConfig]]:
         """Workdir and configuration of each training, candidates first; none for frozen modes."""
@@ -142,15 +149,13 @@ class Cell:
         candidates = []
         for rate in self.rates if len(self.rates) > 1 else ():
             candidate = dataclasses.replace(self.config, learning_rate=rate)
-            trial = search.trial(candidate, self.search_epochs)
+            trial = search.trial(candidate, self.job.search_epochs)
             candidates.append((search.folder(self.workdir, candidate), trial))
         return [*candidates, (self.workdir, self.config)]
 
 
-def _text(value):
-    if isinstance(value, list | tuple):
-        return ",".join(map(_text, value))
-    return str(value)
+def _text(values):
+    return ",".join(map(str, values))
 
 
 def cells(sweep: Sweep) -> list[Cell]:
@@ -184,57 +189,53 @@ def cells(sweep: Sweep) -> list[Cell]:
     ]
 
 
-def _settings(sweep, task, dataset, backbone, own):
-    """Fields of TrainConfig, and the flags that give them."""
+def _config(sweep, task, dataset, backbone, own) -> dict:
+    """Fields of TrainConfig: the protocol's, then the sweep's, then a cell's own."""
     names = ("data_dir", "image_size", "eval_every", "mixed_precision")
-    common = {name: getattr(sweep, name) for name in names}
-    given = {k: v for k, v in (common | own).items() if v is not None}
+    given = {name: getattr(sweep, name) for name in names} | own
     defaults = protocols.settings(sweep.protocol, task, backbone, DATASETS.get(dataset))
-    flags = {"dataset": dataset, "protocol": sweep.protocol} | given
-    return defaults | {"dataset": dataset} | given, flags
+    return defaults | {"dataset": dataset} | {k: v for k, v in given.items() if v is not None}
 
 
 def _source_cell(sweep, backbone, method, seed, first):
     head, norm = METHODS[method]
     own = {"backbone": backbone, "head": head, "norm": norm, "seed": seed}
     own |= {"epochs": sweep.epochs, "batch_size": sweep.batch_size}
-    fields, flags = _settings(sweep, "pretrain", sweep.source, backbone, own)
-    fields["neural_collapse_every"] = flags["neural_collapse_every"] = fields["epochs"]
-    rates, needs, rate_of, epochs = sweep.source_learning_rates, (), None, None
+    own |= {"image_size_schedule": sweep.image_size_schedule}
+    fields = _config(sweep, "pretrain", sweep.source, backbone, own)
+    fields["neural_collapse_every"] = fields["epochs"]
+    rates, rate_of = sweep.source_learning_rates, None
     if rates:
         fields["learning_rate"] = rates[0]
-        flags["learning_rate"] = rates
-    if len(rates) > 1 and first is None:
-        flags["widen"], epochs = True, sweep.source_search_epochs
-        flags |= {"search_epochs": epochs} if epochs else {}
-    elif len(rates) > 1:
-        needs, rate_of, rates = (first,), first, ()
+    if len(rates) > 1 and first is not None:
+        rates, rate_of = (), first
         fields["learning_rate"] = picked_rate(first) or fields["learning_rate"]
-    workdir = Path(sweep.root) / "source" / f"{backbone}_{method}_s{seed}"
-    flags["workdir"] = workdir
-    config = TrainConfig(**fields)
-    return Cell("pretrain", workdir, config, method, flags, rates, epochs, needs, rate_of)
+    job = Job(
+        TrainConfig(**fields),
+        str(Path(sweep.root) / "source" / f"{backbone}_{method}_s{seed}"),
+        learning_rates=rates,
+        widen=len(rates) > 1,
+        search_epochs=sweep.source_search_epochs if len(rates) > 1 else None,
+    )
+    return Cell(job, method, () if rate_of is None else (rate_of,), rate_of)
 
 
 def _target_cell(sweep, source, target, mode):
-    own = {"seed": source.config.seed}
+    start, full = source.config, mode == "full"
+    own = {"seed": start.seed, "init": str(source.workdir.absolute()), "head": "linear"}
     own |= {"epochs": sweep.finetune_epochs, "batch_size": sweep.finetune_batch_size}
-    start = source.config
-    fields, flags = _settings(sweep, "finetune", target, start.backbone, own)
-    fields |= {"init": str(source.workdir.absolute()), "head": "linear"}
-    fields |= {name: getattr(start, name) for name in ("backbone", "norm", "mean", "std")}
-    flags = {"model": source.workdir, "mode": mode} | flags
-    rates = ()
-    if mode == "full":
-        rates = sweep.learning_rates
-        fields["learning_rate"], flags["learning_rate"] = rates[0], rates
-        flags |= {"widen": True} if len(rates) > 1 else {}
-    else:
-        flags["feature_cache"] = Path(sweep.root) / "features"
-    workdir = Path(sweep.root) / folder_name(target) / source.workdir.name / mode
-    flags["workdir"] = workdir
-    config = TrainConfig(**fields)
-    return Cell(mode, workdir, config, source.method, flags, rates, needs=(source,))
+    own |= {name: getattr(start, name) for name in ("backbone", "norm", "mean", "std")}
+    own |= {"learning_rate": sweep.learning_rates[0]} if full else {}
+    rates = sweep.learning_rates if full else ()
+    job = Job(
+        TrainConfig(**_config(sweep, "finetune", target, start.backbone, own)),
+        str(Path(sweep.root) / folder_name(target) / source.workdir.name / mode),
+        mode,
+        learning_rates=rates,
+        widen=len(rates) > 1,
+        feature_cache=None if full else str(Path(sweep.root) / "features"),
+    )
+    return Cell(job, source.method, (source,))
 
 
 def picked_rate(cell: Cell) -> float | None:

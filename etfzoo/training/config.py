@@ -267,11 +267,25 @@ class TrainConfig:
         Raises:
             EtfzooError: no such file, not JSON, or fields that this version does not know.
         """
-        values = files.read_json(path)
+        return cls.from_dict(files.read_json(path), path)
+
+    @classmethod
+    def from_dict(cls, values, source) -> "TrainConfig":
+        """What `dataclasses.asdict` gave, also after a trip through JSON.
+
+        Args:
+            values: of the settings by name; those that are missing have their defaults.
+            source: where they come from, for the message.
+
+        Raises:
+            EtfzooError: no object, or settings that this version does not know.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         extra = sorted(set(values) - known) if isinstance(values, dict) else ["not an object"]
         if extra or "dataset" not in values:
-            raise EtfzooError(f"{path} is no training configuration (unknown: {', '.join(extra)})")
+            raise EtfzooError(
+                f"{source} is no training configuration (unknown: {', '.join(extra)})"
+            )
         return cls(**values)
 
     @property

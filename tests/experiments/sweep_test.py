@@ -101,8 +101,8 @@ def pretrained(embedded_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("sweep")
     settings = sweep.Sweep(root=str(root), data_dir=str(embedded_dir), **TINY)
     cell = sweep.cells(settings)[0]
-    recipe = CHECKOUT / "recipes" / f"{cell.command}.py"
-    subprocess.run([sys.executable, recipe, *cell.arguments()], check=True, capture_output=True)
+    recipe = CHECKOUT / "recipes" / f"{cell.job.command}.py"
+    subprocess.run([sys.executable, recipe, *cell.job.arguments()], check=True, capture_output=True)
     return settings
 
 
@@ -233,17 +233,18 @@ def test_a_source_search_is_carried_over(embedded_dir, tmp_path):
     settings = sweep.Sweep(root=str(tmp_path), data_dir=str(embedded_dir), **values)
     cells = {cell.name: cell for cell in sweep.cells(settings)}
     first, second = cells["source/rn18_etf_s0"], cells["source/rn18_etf_s1"]
-    assert {"--learning_rate=0.01,0.1,1.0", "--widen", "--search_epochs=1"} <= set(
-        first.arguments()
-    )
+    searched = {"--learning_rate=0.01,0.1,1.0", "--widen", "--search_epochs=1"}
+    assert searched <= set(first.job.arguments())
     assert second.needs == (first,)
-    assert "--learning_rate=(as picked in source/rn18_etf_s0)" in second.arguments()
+    assert second.rate_of is first and not searched & set(second.job.arguments())
     assert cells["source/rn18_linear_s1"].needs == (cells["source/rn18_linear_s0"],)
+    assert second.ready_job() == second.job
     first.workdir.mkdir(parents=True)
     dataclasses.replace(first.config, learning_rate=0.1).save(first.workdir / "config.json")
     (first.workdir / "result.json").write_text("{}")
+    assert second.ready_job().config.learning_rate == 0.1
     second = {c.name: c for c in sweep.cells(settings)}[second.name]
-    assert "--learning_rate=0.1" in second.arguments() and second.config.learning_rate == 0.1
+    assert "--learning_rate=0.1" in second.job.arguments() and second.config.learning_rate == 0.1
     with pytest.raises(EtfzooError, match="learning rates not searched there"):
         sweep.state(first)
 

@@ -11,6 +11,7 @@ from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.models.classifier import ClassifierSpec
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
+from etfzoo.training.job import Job
 from testing import fresh_python
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -151,6 +152,25 @@ def test_every_setting_has_a_flag_that_arrives():
     assert found == json.loads(json.dumps(wanted))
 
 
+@pytest.mark.parametrize("init", [None, "runs/a"])
+def test_the_arguments_of_a_job_give_its_config(init):
+    other = OTHER | {"init": init}
+    if init:  # these belong to new models
+        other |= {"initializer": "glorot_uniform", "zero_gamma": False}
+    config = TrainConfig(**other)
+    job = Job(config, "runs/b", feature_cache=None)
+    *given, workdir = [text for text in job.arguments() if not text.startswith("--mode")]
+    assert workdir == "--workdir=runs/b"
+    known = {"learning_rate": config.learning_rate}  # a flag that takes several
+    known |= {"weight_decay": config.weight_decay} if init else {}
+    if init:
+        model = ("init", "backbone", "norm", "mean", "std", "feature_norm", "scale")
+        known |= {name: getattr(config, name) for name in model}
+    given = [text for text in given if text.partition("=")[0][2:] not in ("model", *known)]
+    found = from_flags(job.command, given, **known)
+    assert found == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def test_flags_left_alone_come_from_the_protocol_the_row_and_the_declaration():
     found = from_flags("pretrain", ["--protocol=small", "--dataset=digits", "--backbone=rn18"])
     assert found["mixed_precision"] == "bfloat16" and found["image_size"] == 64
@@ -168,6 +188,7 @@ def test_a_config_takes_neither_keras_nor_tensorflow():
     code = """
 import sys
 from etfzoo.training.config import TrainConfig
+from etfzoo.training.job import Job
 TrainConfig("digits")
 print({"keras", "tensorflow", "keras_cv", "jax"} & set(sys.modules))
 """

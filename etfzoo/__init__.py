@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     )
     from etfzoo.training import protocols
     from etfzoo.zoo import serving_client as serving
-    from etfzoo.zoo.load import info, list_models, load
+    from etfzoo.zoo.load import info, list_models, load, spec
     from etfzoo.zoo.publish import publish
 
 _NAMES = {
@@ -40,6 +40,7 @@ _NAMES = {
     "list_models": "etfzoo.zoo.load",
     "load": "etfzoo.zoo.load",
     "publish": "etfzoo.zoo.publish",
+    "spec": "etfzoo.zoo.load",
     "decode_predictions": "etfzoo.data.preprocessing",
     "preprocess": "etfzoo.data.preprocessing",
     "EtfzooError": "etfzoo.errors",
@@ -75,6 +76,7 @@ __all__ = [
     "publish",
     "replace_head",
     "serving",
+    "spec",
 ]
 
 

@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 from absl import logging as absl_logging
 
 import etfzoo
-from etfzoo.cli.flags import FLAGS, GROUPS
+from etfzoo.cli.flags import FLAGS, GROUPS, as_flags
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -30,7 +30,7 @@ def run(main, doc, arguments=False, extra="jax"):
         if len(argv) > 1 and not arguments:
             _fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
         logger = logging.getLogger("etfzoo")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -88,8 +88,13 @@ def _import_backend(name, extra):
         _fail(f"KERAS_BACKEND={name} cannot be used: {error}; {hint}")
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record):
+        return as_flags(super().format(record))
+
+
 def _fail(error):
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("error: " + as_flags(" ".join(str(error).split())), file=sys.stderr)
     sys.exit(2)
 
 

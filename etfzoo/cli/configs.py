@@ -5,7 +5,7 @@ import os
 import typing
 
 import etfzoo
-from etfzoo.cli.flags import FLAGS
+from etfzoo.cli.flags import FLAGS, as_flags
 from etfzoo.data.datasets import DATASETS
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig, kind_of
@@ -37,7 +37,7 @@ def print_profile(config):
     cacheable = config.cache != "device" and not (
         config.rand_augment or config.mixup or config.cutmix
     )
-    print(throughput.verdict(rates, cacheable))
+    print(as_flags(throughput.verdict(rates, cacheable)))
 
 
 def train_config(task, **known):
@@ -89,9 +89,8 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
     """
     known = {}
     if handle:
-        open_strategy(FLAGS)  # loading computes
         handle = os.path.abspath(handle) if os.path.exists(handle) else handle
-        spec = etfzoo.load(handle).spec
+        spec = etfzoo.spec(handle)
         known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}
         known |= {"mean": spec.mean, "std": spec.std}
     known |= {"learning_rate": learning_rates[0]} if learning_rates else {}
@@ -106,7 +105,7 @@ def print_assumed(config, task):
         values = ", ".join(f"{name}={getattr(config, name)}" for name in assumed)
         print(f"assumed (not in the protocol's source): {values}", flush=True)
     for note in protocols.notes(config.protocol, task, config.norm):
-        print(f"note: {note}", flush=True)
+        print(f"note: {as_flags(note)}", flush=True)
 
 
 def data_dir_flag(config) -> str:

@@ -1,6 +1,7 @@
 """Flags of the commands, in groups of the help page."""
 
 import dataclasses
+import re
 
 from absl import flags
 
@@ -22,6 +23,23 @@ GROUPS: dict[str, list[str]] = {}
 def _define(group, define, name, default, help_text, **kwargs):
     define(name, default, help_text, **kwargs)
     GROUPS.setdefault(group, []).append(name)
+
+
+def as_flags(text: str) -> str:
+    """A text of the library with its settings, in backticks, as this command's flags.
+
+    ``pass `batch_size=4` or less`` becomes `pass --batch_size=4 or less`; what is no flag stays.
+    """
+
+    def flag(match):
+        name, equals, value = match[1].partition("=")
+        if name not in FLAGS:
+            return match[0]
+        if FLAGS[name].boolean:
+            return f"--no{name}" if value == "False" else f"--{name}"
+        return f"--{name}{equals}{value}"
+
+    return re.sub(r"`(\w+(?:=[^\s`]*)?)`", flag, text)
 
 
 def string(group, name, default, help_text):

@@ -37,7 +37,7 @@ class Mixing:
         if self and batch_size // replicas % 2:
             raise EtfzooError(
                 "mixup and cutmix mix pairs: each device needs an even number of images, and "
-                f"--batch_size={batch_size} gives {batch_size // replicas} to each of {replicas}; "
+                f"`batch_size={batch_size}` gives {batch_size // replicas} to each of {replicas}; "
                 f"pass a multiple of {2 * replicas}"
             )
 

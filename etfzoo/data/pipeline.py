@@ -206,7 +206,7 @@ class Pipeline:
                     raise EtfzooError(
                         f"{record['record'].numpy().decode()} ({split} split of "
                         f"{self.source.name}) is not a readable image; replace it, or train with "
-                        "--skip_corrupt to leave such images out"
+                        "`skip_corrupt` to leave such images out"
                     ) from error
             raise
         except (tf.errors.NotFoundError, tf.errors.DataLossError, tf.errors.UnknownError) as error:

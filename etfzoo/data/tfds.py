@@ -26,7 +26,7 @@ def open_tfds(name: str, data_dir: str | None = None, prepare: bool = True) -> S
     import tensorflow_datasets as tfds
 
     if data_dir is not None and not os.path.isdir(data_dir):
-        raise EtfzooError(f"data directory {data_dir} does not exist; check --data_dir")
+        raise EtfzooError(f"data directory {data_dir} does not exist; check `data_dir`")
     row = DATASETS.get(name)
     if name in EMBEDDED and prepare:
         from etfzoo.data import shapes
@@ -159,7 +159,7 @@ def _tfds_builder(tfds, name, row, data_dir, prepare):
     except Exception as error:  # TFDS raises whatever its download library raises
         raise EtfzooError(
             f"data set {name} is not prepared {where} and could not be downloaded: "
-            f"{_first_line(error)}; connect to the internet or pass --data_dir"
+            f"{_first_line(error)}; connect to the internet or pass `data_dir`"
         ) from error
     return builder
 

@@ -82,7 +82,7 @@ def lock(root):
                 if _alive(holder) or time.monotonic() > deadline:
                     raise EtfzooError(
                         f"another sweep (process {holder or 'unknown'}) runs in {root}; wait for "
-                        "it or choose another --workdir"
+                        "it or choose another `workdir`"
                     ) from None
                 if not said:
                     print("waiting for the cells of a killed sweep to save and end", flush=True)

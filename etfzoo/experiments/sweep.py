@@ -79,7 +79,7 @@ class Sweep:
         ):
             values = tuple(dict.fromkeys(getattr(self, name)))
             if not values:
-                raise EtfzooError(f"the sweep has no {kind}; pass --{name}")
+                raise EtfzooError(f"the sweep has no {kind}; pass `{name}`")
             for value in values:
                 if choices is not None and value not in choices:
                     raise unknown(kind, value, choices)
@@ -264,7 +264,7 @@ def state(cell: Cell) -> str:
     if differences:
         raise EtfzooError(
             f"{cell.workdir} holds a run with other settings ({'; '.join(differences[:4])}); "
-            "choose another --workdir or delete it"
+            "choose another `workdir` or delete it"
         )
     return FINISHED if finished else RESUMABLE
 

@@ -131,8 +131,8 @@ class CheckpointManager:
         return state
 
 
-def latest(paths) -> tuple[Path, dict, dict] | None:
-    """The first readable checkpoint of some paths: its path, arrays and state.
+def latest(paths, only_state: bool = False) -> tuple[Path, dict, dict] | None:
+    """The first readable checkpoint of some paths: its path, arrays and state; see `read`.
 
     Raises:
         EtfzooError: there are paths, and none can be read.
@@ -140,7 +140,7 @@ def latest(paths) -> tuple[Path, dict, dict] | None:
     damaged = []
     for path in paths:
         try:
-            arrays, state = read(path)
+            arrays, state = read(path, only_state)
         except EtfzooError as error:
             log.warning("%s; trying the checkpoint before it", error)
             damaged.append(path)
@@ -154,8 +154,12 @@ def latest(paths) -> tuple[Path, dict, dict] | None:
     return None
 
 
-def read(path) -> tuple[dict[str, np.ndarray], dict]:
+def read(path, only_state: bool = False) -> tuple[dict[str, np.ndarray], dict]:
     """Reads a checkpoint file; nothing in it is unpickled.
+
+    Args:
+        path: of the file.
+        only_state: whether the arrays are left unread.
 
     Returns:
         arrays by prefixed path, and the state.
@@ -165,7 +169,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in ([_STATE] if only_state else archive.files)}
         state = json.loads(arrays.pop(_STATE).tobytes())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise EtfzooError(f"checkpoint {path} is damaged ({error})") from error
@@ -190,6 +194,18 @@ def load_model(workdir, best: bool = False) -> ImageClassifier:
     model = ImageClassifier(ClassifierSpec.from_dict(state["spec"]))
     weights.assign(model.variables, _part(arrays, _MODEL), "the checkpoint's weights")
     return model
+
+
+def read_spec(workdir) -> ClassifierSpec:
+    """What the classifier of a workdir is, without reading its weights.
+
+    Raises:
+        EtfzooError: no checkpoint there, or none that can be read.
+    """
+    found = latest(CheckpointManager(workdir).paths(), only_state=True)
+    if found is None:
+        raise EtfzooError(f"no checkpoint in {workdir}; train into it first")
+    return ClassifierSpec.from_dict(found[2]["spec"])
 
 
 def _part(arrays, prefix):

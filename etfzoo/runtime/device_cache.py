@@ -39,8 +39,8 @@ class DeviceCache:
     def __init__(self, pipeline: Pipeline, strategy):
         if pipeline.mixing or pipeline.augmentation.rand_augment:
             raise EtfzooError(
-                "--cache=device crops, resizes and mirrors only: leave out --mixup, --cutmix and "
-                "--rand_augment, or --cache"
+                "`cache=device` crops, resizes and mirrors only: leave out `mixup`, `cutmix` and "
+                "`rand_augment`, or `cache`"
             )
         self.pipeline = pipeline
         self.strategy = strategy
@@ -111,7 +111,7 @@ class DeviceCache:
         records = self.pipeline.evaluation_records(split)
         if "index" not in records.element_spec:
             raise EtfzooError(
-                f"the {split} split of {self.pipeline.source.name} is too large for --cache=device"
+                f"the {split} split of {self.pipeline.source.name} is too large for `cache=device`"
             )
         decoded = records.map(
             lambda record: (record["index"], augment.decode(record["image"], fast)), PARALLEL
@@ -140,7 +140,7 @@ class DeviceCache:
             raise EtfzooError(
                 f"the {split} split of {self.pipeline.source.name} takes "
                 f"{size / 2**30:.1f} GiB decoded, too much for the {limit / 2**30:.0f} GiB of the "
-                "device: leave out --cache=device"
+                "device: leave out `cache=device`"
             )
 
     def _make(self, images, index, region, window, antialias, shift, flip):

@@ -238,7 +238,7 @@ def synchronize(model, value: bool) -> None:
     if not value:
         raise EtfzooError(
             "under JAX norms take their statistics over all devices: leave out "
-            "--nosynchronize_norms"
+            "`synchronize_norms=False`"
         )
 
 

@@ -160,7 +160,7 @@ def device_memory(strategy) -> int:
 
 def device_cache(pipeline, strategy):
     """Raises EtfzooError: batches are made on the device under JAX only."""
-    raise EtfzooError("--cache=device needs KERAS_BACKEND=jax; leave it out under TensorFlow")
+    raise EtfzooError("`cache=device` needs KERAS_BACKEND=jax; leave it out under TensorFlow")
 
 
 def evaluation_step(model, label_smoothing=0.0, strategy=None):

@@ -55,7 +55,7 @@ def get_strategy(
     if name not in STRATEGIES:
         raise unknown("strategy", name, STRATEGIES)
     if num_virtual_devices is not None and name != "mirrored":
-        raise EtfzooError("--num_virtual_devices goes with --strategy=mirrored")
+        raise EtfzooError("`num_virtual_devices` goes with `strategy=mirrored`")
     if _on_jax():
         from etfzoo.runtime import strategy_jax
 
@@ -105,7 +105,7 @@ def check_batch_size(batch_size: int, strategy) -> None:
     replicas = strategy.num_replicas_in_sync
     if batch_size % replicas:
         raise EtfzooError(
-            f"--batch_size={batch_size} is the batch of all {replicas} replicas together and must "
+            f"`batch_size={batch_size}` is the batch of all {replicas} replicas together and must "
             f"be a multiple of {replicas}"
         )
 
@@ -169,12 +169,12 @@ def _mirrored_strategy(num_virtual_devices):
         gpus = tf.config.list_logical_devices("GPU")
         if not gpus:
             raise EtfzooError(
-                "no GPU found for --strategy=mirrored; try it out on CPU devices with "
-                "--num_virtual_devices=2, or use --strategy=one_device"
+                "no GPU found for `strategy=mirrored`; try it out on CPU devices with "
+                "`num_virtual_devices=2`, or use `strategy=one_device`"
             )
         return tf.distribute.MirroredStrategy([gpu.name for gpu in gpus])
     if num_virtual_devices < 1:
-        raise EtfzooError(f"--num_virtual_devices must be at least 1; got {num_virtual_devices}")
+        raise EtfzooError(f"`num_virtual_devices` must be at least 1; got {num_virtual_devices}")
     cpu = tf.config.list_physical_devices("CPU")[0]
     virtual = [tf.config.LogicalDeviceConfiguration()] * num_virtual_devices
     try:
@@ -190,7 +190,7 @@ def _multiworker_strategy():
     if not os.environ.get("TF_CONFIG") and "SLURM_STEP_NUM_TASKS" in os.environ:
         os.environ["TF_CONFIG"] = _slurm_tf_config()
     if not os.environ.get("TF_CONFIG"):
-        raise EtfzooError(f"--strategy=multiworker does not know the workers: {_MULTIWORKER_HELP}")
+        raise EtfzooError(f"`strategy=multiworker` does not know the workers: {_MULTIWORKER_HELP}")
     _check_port(_checked_tf_config(os.environ["TF_CONFIG"]))
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     _wait_for_chief(resolver)
@@ -322,7 +322,7 @@ def _tpu_strategy(tpu):
     if address in (None, "local") and not _local_tpu():
         raise EtfzooError(
             "no TPU found on this machine: run on a TPU VM with tensorflow-tpu installed "
-            "(pip install 'etfzoo[tpu]'), name one with --tpu=NAME, or use --strategy=one_device"
+            "(pip install 'etfzoo[tpu]'), name one with `tpu=NAME`, or use `strategy=one_device`"
         )
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address or "local")
@@ -331,8 +331,8 @@ def _tpu_strategy(tpu):
         return tf.distribute.TPUStrategy(resolver)
     except (ValueError, OSError, RuntimeError, tf.errors.OpError) as error:
         raise EtfzooError(
-            f"TPU {address or 'local'} cannot be reached: {_first_line(error)}; check --tpu, or "
-            "use --strategy=one_device"
+            f"TPU {address or 'local'} cannot be reached: {_first_line(error)}; check `tpu`, or "
+            "use `strategy=one_device`"
         ) from error
 
 

@@ -59,11 +59,11 @@ def get_strategy(
     """
     if name == "multiworker":
         raise EtfzooError(
-            "under JAX a run uses the devices of one machine; start --strategy=multiworker with "
+            "under JAX a run uses the devices of one machine; start `strategy=multiworker` with "
             "KERAS_BACKEND=tensorflow"
         )
     if tpu not in (None, "local"):
-        raise EtfzooError("under JAX a run uses the TPU of its own machine: leave out --tpu")
+        raise EtfzooError("under JAX a run uses the TPU of its own machine: leave out `tpu`")
     # What TensorFlow does here is reading data; it would claim the memory of all GPUs for it.
     with contextlib.suppress(RuntimeError):  # too late: it has computed
         tf.config.set_visible_devices([], "GPU")
@@ -77,12 +77,12 @@ def get_strategy(
     if name == "tpu" and devices[0].platform != "tpu":
         raise EtfzooError(
             "JAX sees no TPU on this machine: run on a TPU VM with pip install 'jax[tpu]', or use "
-            "--strategy=one_device"
+            "`strategy=one_device`"
         )
     if devices[0].platform == "cpu":
         raise EtfzooError(
-            "JAX sees no GPU for --strategy=mirrored; try it out on CPU devices with "
-            "--num_virtual_devices=2, or use --strategy=one_device"
+            "JAX sees no GPU for `strategy=mirrored`; try it out on CPU devices with "
+            "`num_virtual_devices=2`, or use `strategy=one_device`"
         )
     return DataParallel(devices)
 
@@ -107,7 +107,7 @@ def _devices():
 
 def _virtual_devices(number):
     if number < 1:
-        raise EtfzooError(f"--num_virtual_devices must be at least 1; got {number}")
+        raise EtfzooError(f"`num_virtual_devices` must be at least 1; got {number}")
     try:
         jax.config.update("jax_num_cpu_devices", number)
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from etfzoo.runtime import backend
 from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
+from etfzoo.zoo.load import load
 
 log = logging.getLogger("etfzoo")
 
@@ -26,8 +27,14 @@ def policy(config: TrainConfig) -> str:
     return {"none": "float32"}.get(config.mixed_precision, f"mixed_{config.mixed_precision}")
 
 
-def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
-    """The classifier that a configuration starts from."""
+def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageClassifier:
+    """The classifier that a configuration starts from.
+
+    Args:
+        config: the run.
+        source: its data set.
+        pretrained: gives the model of `config.init`; None loads it.
+    """
     size = config.image_size
     if config.norm == "sw":
         backend.use_full_float32()
@@ -42,9 +49,8 @@ def make_model(config: TrainConfig, source: Source) -> ImageClassifier:
     }
     try:
         if config.init is not None:
-            from etfzoo.zoo.load import load
-
-            return replace_head(load(config.init), source.num_classes, config.head, **common)
+            start = pretrained() if pretrained else load(config.init)
+            return replace_head(start, source.num_classes, config.head, **common)
         model = build_classifier(
             config.backbone,
             source.num_classes,
@@ -93,7 +99,7 @@ def make_pipeline(
     if size < config.batch_size:
         raise EtfzooError(
             f"the training split of {source.name} has {size} images, fewer than one batch; "
-            f"pass --batch_size={max(1, size // 4)} or less"
+            f"pass `batch_size={max(1, size // 4)}` or less"
         )
     if pipeline.size(config.eval_split) == 0:
         raise EtfzooError(f"the evaluation split of {source.name} is empty")

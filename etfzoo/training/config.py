@@ -191,7 +191,7 @@ class TrainConfig:
         "Machine", None, "TPU name or address; local for the one in this machine", runtime=True
     )
     num_virtual_devices: int | None = setting(
-        "Machine", None, "CPU devices for --strategy=mirrored", low=1, runtime=True
+        "Machine", None, "CPU devices for the strategy mirrored", low=1, runtime=True
     )
     cache: str = setting(
         "Machine",
@@ -244,8 +244,8 @@ class TrainConfig:
             )
         if self.jit_compile and self.deterministic:
             raise EtfzooError(
-                "XLA's max-pooling has no deterministic gradient: with --jit_compile add "
-                "--nodeterministic"
+                "XLA's max-pooling has no deterministic gradient: with `jit_compile` add "
+                "`deterministic=False`"
             )
 
     def train_size(self, epoch: int) -> int:

@@ -54,6 +54,10 @@ class Job:
             )
         if self.mode == "knn":
             return transfer.knn(self.config, self.workdir, feature_cache=self.feature_cache)
+        if self.config.init:
+            return transfer.finetune(
+                self.config, self.workdir, self.learning_rates, self.weight_decays, self.widen
+            )
         best = search.pick(
             self.config,
             self.workdir,

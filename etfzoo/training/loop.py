@@ -36,7 +36,7 @@ from etfzoo.workdir import Workdir
 log = logging.getLogger("etfzoo")
 
 
-def train_and_evaluate(config: TrainConfig, workdir) -> dict:
+def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
     """Trains a classifier, or goes on where an earlier call was stopped.
 
     Writes to `workdir`: `config.json` (complete: repeats the run), `checkpoints/`, `metrics.csv`
@@ -46,6 +46,7 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     Args:
         config: what to train.
         workdir: directory of this run; a finished one is not trained again.
+        pretrained: gives the model of `config.init` where several runs share it; None loads it.
 
     Returns:
         the metrics of the last epoch on the evaluation split, see `evaluation.summary`, with
@@ -73,16 +74,16 @@ def train_and_evaluate(config: TrainConfig, workdir) -> dict:
     finished = Workdir(workdir).read_result()
     with exit_if_worker_lost(strategy):
         check_agreement(strategy, config.results_in() | {"a finished run": finished is not None})
-        return finished or _train(config, workdir, strategy)
+        return finished or _train(config, workdir, strategy, pretrained)
 
 
-def _train(config, workdir, strategy):
+def _train(config, workdir, strategy, pretrained):
     backend.set_determinism(config.deterministic)
     source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
     # After the data: preparing a data set draws random numbers too, and happens only once.
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
-        model = make_model(config, source)
+        model = make_model(config, source, pretrained)
     if strategy.num_replicas_in_sync > 1:
         backend.synchronize(model, config.synchronize_norms)
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
@@ -99,7 +100,7 @@ def check_workdir(config: TrainConfig, workdir) -> None:
         if differences:
             raise EtfzooError(
                 f"{workdir} holds a run with other settings ({'; '.join(differences[:4])}); "
-                "choose another --workdir or delete it"
+                "choose another `workdir` or delete it"
             )
 
 
@@ -320,8 +321,8 @@ class Trainer:
         where = f"the last good state is {kept[0]}" if kept else "there was no checkpoint yet"
         return TrainingDiverged(
             f"training diverged in epoch {self.state['epoch'] + 1}, by step "
-            f"{self.state['step']}: {error}; {where}; lower --learning_rate (now "
-            f"{self.config.learning_rate:g}) or add --warmup_epochs"
+            f"{self.state['step']}: {error}; {where}; lower `learning_rate` (now "
+            f"{self.config.learning_rate:g}) or add `warmup_epochs`"
         )
 
 

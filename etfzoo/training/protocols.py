@@ -146,7 +146,7 @@ PROTOCOLS = {
             "pretrain": (
                 "Goyal et al. draw convolutions from He's normal distribution and the last layer "
                 "from one of deviation 0.01, and start the last gamma of a block at 0; "
-                "--initializer=he_fan_out --zero_gamma comes closest"
+                "`initializer=he_fan_out` with `zero_gamma` comes closest"
             )
         },
     ),
@@ -185,7 +185,7 @@ PROTOCOLS = {
             "finetune": _STANDARD_ASSUMED,
         },
         notes={
-            "pretrain": "torchvision initialises otherwise: --initializer=he_fan_out is its rule"
+            "pretrain": "torchvision initialises otherwise: `initializer=he_fan_out` is its rule"
         },
     ),
     "sw_official": Protocol(

@@ -80,7 +80,7 @@ def publish_run(
     check_backend()
     backbone, method, tag = index.check_name(name)
     if index_path is None and (url is not None or default):
-        raise EtfzooError("an address and a default belong into an index: say which with --index")
+        raise EtfzooError("an address and a default belong into an index: say which with `index`")
     if index_path is not None and os.path.lexists(index_path):
         index.load(index_path)
     model, provenance, metrics, known_licence = _read_source(source, data_dir)
@@ -92,7 +92,7 @@ def publish_run(
     known = version_folders(folder)
     version = max(known, default=0) + 1 if version is None else version
     if version in known:
-        raise EtfzooError(f"{folder / str(version)} already exists; choose another --version")
+        raise EtfzooError(f"{folder / str(version)} already exists; choose another `version`")
 
     staging = folder.parent / f".publish-{uuid.uuid4().hex[:8]}"
     target, carded = None, False
@@ -250,7 +250,7 @@ def _licence(provenance) -> str | None:
         start = f" or of {provenance['init']}, its start," if provenance["init"] else ""
         raise EtfzooError(
             f"the terms of {provenance['dataset']}{start} are not known: say under which licence "
-            "the weights are published, e.g. --licence=CC-BY-4.0"
+            "the weights are published, e.g. `licence=CC-BY-4.0`"
         )
     terms = dict.fromkeys(provenance["licences"].values())
     return f"as the training images ({'; '.join(terms)})"

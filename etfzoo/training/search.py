@@ -49,7 +49,13 @@ def beyond(grid, scores) -> float | None:
 
 
 def pick(
-    config: TrainConfig, workdir, learning_rates=(), weight_decays=(), widen=False, epochs=None
+    config: TrainConfig,
+    workdir,
+    learning_rates=(),
+    weight_decays=(),
+    widen=False,
+    epochs=None,
+    pretrained=None,
 ) -> TrainConfig:
     """Trains candidates on the `fit` split and compares them on `select` by the data's metric.
 
@@ -64,6 +70,7 @@ def pick(
         widen: whether learning rates are added, `EXTENSIONS` at most, while the best lies at the
             edge of their grid; their rows in `selection.json` have `widened` true.
         epochs: of each candidate, its warm-up and steps in proportion; None is the run's.
+        pretrained: see `etfzoo.training.loop.train_and_evaluate`.
 
     Returns:
         the configuration with the picked values.
@@ -78,7 +85,12 @@ def pick(
         source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
     metric, given = source.row.metric, len(rates)
     chief = is_chief(strategy)
-    scores = [_score(trial(c, epochs), workdir, metric, chief) for c in candidates]
+
+    def score(candidates):
+        runs = (trial(c, epochs) for c in candidates)
+        return [_score(run, workdir, metric, chief, pretrained) for run in runs]
+
+    scores = score(candidates)
     while widen and len(rates) < given + EXTENSIONS:
         # The candidates of one rate stand together, whatever their decays.
         further = beyond(rates, np.reshape(scores, (len(rates), -1)).max(1))
@@ -93,7 +105,7 @@ def pick(
         rates.append(further)
         added = _candidates(config, [further], decays)
         candidates += added
-        scores += [_score(trial(c, epochs), workdir, metric, chief) for c in added]
+        scores += score(added)
     best = _best(candidates, scores)
     if len(rates) > 1 and best.learning_rate in (min(rates), max(rates)):
         log.warning(
@@ -146,11 +158,11 @@ def folder(workdir, candidate: TrainConfig) -> Workdir:
     return Workdir(workdir).candidate(name)
 
 
-def _score(run, workdir, metric, chief):
+def _score(run, workdir, metric, chief, pretrained):
     candidate = folder(workdir, run)
     print(f"candidate {candidate.path.name}", flush=True)
     try:
-        score = loop.train_and_evaluate(run, candidate)[metric]
+        score = loop.train_and_evaluate(run, candidate, pretrained)[metric]
     except TrainingDiverged as error:
         log.warning("%s", error)
         return -math.inf

@@ -219,7 +219,7 @@ def verdict(rates: Mapping[str, Rate], cacheable: bool) -> str:
         )
     text = f"input-bound: {text}\nGive the host more cores, or store smaller images."
     if cacheable:
-        text += "\nData that fits on the device can stay there: KERAS_BACKEND=jax, --cache=device."
+        text += "\nData that fits on the device can stay there: KERAS_BACKEND=jax, `cache=device`."
     return text
 
 
@@ -230,7 +230,7 @@ def _open(config):
     """
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     if num_workers(strategy) > 1:
-        raise EtfzooError("measuring takes one process: leave out --strategy=multiworker")
+        raise EtfzooError("measuring takes one process: leave out `strategy=multiworker`")
     check_batch_size(config.batch_size, strategy)
     return strategy
 

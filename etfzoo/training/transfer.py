@@ -1,6 +1,7 @@
 """Transfer of a pretrained model: fine-tuning with a picked rate, linear probes and k-NN."""
 
 import dataclasses
+import functools
 import logging
 import time
 import warnings
@@ -18,6 +19,7 @@ from etfzoo.runtime import backend, hardware
 from etfzoo.training import build, loop, search
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
+from etfzoo.zoo.load import load
 
 log = logging.getLogger("etfzoo")
 
@@ -50,8 +52,9 @@ def finetune(
     """
     if config.init is None:
         raise EtfzooError("fine-tuning needs a pretrained model")
-    best = search.pick(config, workdir, learning_rates, weight_decays, widen)
-    return loop.train_and_evaluate(best, workdir)
+    pretrained = functools.cache(lambda: load(config.init))  # once for all candidates
+    best = search.pick(config, workdir, learning_rates, weight_decays, widen, pretrained=pretrained)
+    return loop.train_and_evaluate(best, workdir, pretrained)
 
 
 def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=None) -> dict:
@@ -148,9 +151,9 @@ class _Frozen:
     @classmethod
     def open(cls, config, workdir, mark, what):
         if config.init is None or config.head != "linear":
-            raise EtfzooError(f"{what} needs a pretrained model and --head=linear")
+            raise EtfzooError(f"{what} needs a pretrained model and `head=linear`")
         if config.strategy not in ("auto", "one_device"):
-            raise EtfzooError(f"{what} runs on one device: leave out --strategy")
+            raise EtfzooError(f"{what} runs on one device: leave out `strategy`")
         loop.check_workdir(config, workdir)
         finished = Workdir(workdir).read_result()
         if finished is not None:

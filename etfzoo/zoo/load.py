@@ -102,6 +102,24 @@ def load(
     return result
 
 
+def spec(name_or_path) -> ClassifierSpec:
+    """What a model is: its architecture, classes, pixels and dtype; no weights are read.
+
+    Args:
+        name_or_path: as for `load`; a model of the index with an address is downloaded.
+
+    Returns:
+        The ClassifierSpec of which `load` builds the network.
+
+    Raises:
+        EtfzooError: as `load`, but for weights that are not published.
+    """
+    source = _find(name_or_path)
+    if source.workdir is not None:
+        return checkpoint.read_spec(source.workdir)
+    return (_fetched(source) if _has_address(source) else source).spec()
+
+
 def list_models(filter: str = "*") -> list[str]:
     """Sorted names of the models that are here or in the index.
 

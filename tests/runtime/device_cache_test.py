@@ -91,14 +91,14 @@ def cache(augmentation=Augmentation(), mixing=None, strategy=strategy):
         Pipeline(source, 8, 8, 1.0, 4, augmentation, 0, mixing=mixing), strategy
     )
 for arguments in (dict(augmentation=Augmentation(rand_augment=5)), dict(mixing=Mixing(0.2))):
-    with pytest.raises(EtfzooError, match="leave out --mixup"):
+    with pytest.raises(EtfzooError, match="leave out `mixup`"):
         cache(**arguments)
 device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**16})
 small = SimpleNamespace(devices=[device], split=strategy.split)
 with pytest.raises(EtfzooError, match="too much for the 0 GiB of the device"):
     next(cache(strategy=small).training("train", 0))
 tfds.MEMORY_BYTES = 1000
-with pytest.raises(EtfzooError, match="train split of digits is too large for --cache=device"):
+with pytest.raises(EtfzooError, match="train split of digits is too large for `cache=device`"):
     next(cache().training("train", 0))
 """
 

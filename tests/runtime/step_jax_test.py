@@ -61,9 +61,9 @@ for name, arguments, message in (
         get_strategy(name, *arguments)
 with pytest.raises(EtfzooError, match="start a new process"):  # JAX has looked for a TPU
     get_strategy("mirrored", None, 3)
-with pytest.raises(EtfzooError, match="JAX sees no GPU .* --num_virtual_devices=2"):
+with pytest.raises(EtfzooError, match="JAX sees no GPU .* `num_virtual_devices=2`"):
     get_strategy("mirrored")
-with pytest.raises(EtfzooError, match="leave out --nosynchronize_norms"):
+with pytest.raises(EtfzooError, match="leave out `synchronize_norms=False`"):
     synchronize(None, False)
 assert best_here() == "one_device" and len(get_strategy("auto").devices) == 1
 

@@ -323,7 +323,7 @@ def test_other_strategies_and_their_errors():
         get_strategy("mirored")
     with pytest.raises(EtfzooError, match="no TPU found on this machine"):
         get_strategy("tpu")
-    with pytest.raises(EtfzooError, match="no GPU found .* --num_virtual_devices=2"):
+    with pytest.raises(EtfzooError, match="no GPU found .* `num_virtual_devices=2`"):
         get_strategy("mirrored")
-    with pytest.raises(EtfzooError, match="goes with --strategy=mirrored"):
+    with pytest.raises(EtfzooError, match="goes with `strategy=mirrored`"):
         get_strategy("one_device", None, 2)

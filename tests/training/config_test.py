@@ -193,3 +193,16 @@ TrainConfig("digits")
 print({"keras", "tensorflow", "keras_cv", "jax"} & set(sys.modules))
 """
     assert fresh_python(code).strip() == "set()"
+
+
+def test_settings_in_texts_of_the_library_become_flags():
+    code = """
+from etfzoo.cli import flags
+flags.settings("batch_size", "flip", "data_dir")
+flags.FLAGS(["x"])
+text = "pass `batch_size=4` or less, `flip` or `flip=False`; `data_dir`, not `nothing=1` or `a b`"
+print(flags.as_flags(text))
+"""
+    assert fresh_python(code).strip() == (
+        "pass --batch_size=4 or less, --flip or --noflip; --data_dir, not `nothing=1` or `a b`"
+    )

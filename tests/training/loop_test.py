@@ -253,7 +253,7 @@ def test_the_etf_kernel_never_moves(finished, config):
 
 def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path):
     wild = dataclasses.replace(config, learning_rate=1e30, warmup_epochs=0.0)
-    with pytest.raises(TrainingDiverged, match="lower --learning_rate"):
+    with pytest.raises(TrainingDiverged, match="lower `learning_rate`"):
         loop.train_and_evaluate(wild, tmp_path)
     for path in checkpoint.CheckpointManager(tmp_path).paths():
         arrays, _ = checkpoint.read(path)

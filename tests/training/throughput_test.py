@@ -107,7 +107,7 @@ def test_a_run_is_input_bound_where_its_step_loses_by_its_input():
     slow, shared = verdict(50, 100, 49), verdict(300, 100, 75)
     assert slow.startswith("input-bound: 51 %") and "2.0 times what arrives" in slow
     assert shared.startswith("input-bound: 25 %") and "share the processor" in shared
-    assert "--cache=device" in slow and "--cache=device" not in verdict(50, 100, 49, False)
+    assert "`cache=device`" in slow and "`cache=device`" not in verdict(50, 100, 49, False)
 
 
 def test_profile_names_a_broken_image_or_leaves_it_out(tmp_path):

@@ -16,6 +16,7 @@ from etfzoo.measure.features import Features
 from etfzoo.models import checkpoint
 from etfzoo.training import transfer
 from etfzoo.training.config import TrainConfig
+from etfzoo.zoo.load import load
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,11 @@ def test_probe_is_scikit_learns_logistic_regression(config, tmp_path):
         transfer.knn(config, tmp_path)
 
 
-def test_search_compares_on_the_selection_split_and_trains_the_best(config, tmp_path):
+def test_search_compares_on_the_selection_split_and_trains_the_best(config, tmp_path, monkeypatch):
+    loads = []
+    monkeypatch.setattr(transfer, "load", lambda handle: loads.append(handle) or load(handle))
     result = transfer.finetune(config, tmp_path, learning_rates=(1e-6, 0.02), weight_decays=(0.0,))
+    assert loads == [config.init]  # for both and for the last
     rows = json.loads((tmp_path / "selection.json").read_text())
     assert [row["learning_rate"] for row in rows] == [1e-6, 0.02]
     best = max(rows, key=lambda row: row["top1"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import etfzoo
-from etfzoo.models import classifier, weights
+from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.zoo import index, load
 from testing import randomize
@@ -147,6 +147,19 @@ def test_loads_on_jax(etf, tmp_path):
     expected = np.asarray(etf(pixels()))
     difference = np.abs(np.load(tmp_path / "y.npy") - expected).max()
     assert difference <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_spec_takes_no_network(etf, zoo_folder, tmp_path, monkeypatch):
+    checkpoint.CheckpointManager(tmp_path).save(3, etf, None, {})
+    for module in (load, checkpoint):
+        monkeypatch.setattr(module, "ImageClassifier", None)
+    for handle in ("rn18_etf.shapes", zoo_folder / "rn18_etf.shapes", tmp_path):
+        assert etfzoo.spec(handle) == etf.spec
+    assert etfzoo.spec("rn101_etf.in1k").num_classes == 1000  # published or not
+    (file,) = (tmp_path / "checkpoints").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(etfzoo.EtfzooError, match="no readable checkpoint"):
+        etfzoo.spec(tmp_path)
 
 
 def test_fresh_head(etf):

@@ -119,7 +119,7 @@ def test_from_a_workdir_to_a_name(workdir, tmp_path):
 
     before = contents(zoo)
     message = publish(*flags, *listed, "--version=1", code=2)
-    assert f"{folder} already exists; choose another --version" in message
+    assert f"{folder} already exists; choose another `version`" in message
     assert contents(zoo) == before
 
     entry = {"index_path": zoo / "index.json", "url": "http://127.0.0.1:9/zoo"}
@@ -183,8 +183,8 @@ def test_what_is_refused(workdir, tmp_path):
         ((workdir, "rn50_etf.digits"), {}, "is no name for this model: it is a rn18 with bn and"),
         ((workdir, "rn18_linear.digits"), {}, "is no name for this model"),
         ((workdir, "rn18_sw.digits"), {}, "is no name for this model"),
-        ((workdir, NAME), {"url": "http://x"}, "belong into an index: say which with --index"),
-        ((workdir, NAME), {"default": True}, "belong into an index: say which with --index"),
+        ((workdir, NAME), {"url": "http://x"}, "belong into an index: say which with `index`"),
+        ((workdir, NAME), {"default": True}, "belong into an index: say which with `index`"),
         ((photos, NAME), {}, "the terms of folder:photos are not known: say under which licence"),
         (
             (tuned, NAME),

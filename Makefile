@@ -34,6 +34,7 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+	$(RUN) -m mypy
 
 # Leaves .venv and runs/ alone.
 clean:
@@ -41,9 +42,9 @@ clean:
 	find . -name .venv -prune -o -name .git -prune -o -name runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # $(BUSY) is there while an install runs: one left behind was interrupted, and that .venv is built
-# anew, as is one whose pip doesn't run. Otherwise pip only adds what setup.py asks for.
+# anew, as is one whose pip doesn't run. Otherwise pip only adds what pyproject.toml asks for.
 # tensorflow-serving-api asks for `tensorflow`, whose files would replace those of tensorflow-cpu.
-$(READY): setup.py etfzoo/version.py
+$(READY): setup.py pyproject.toml etfzoo/version.py
 	@if test -e $(BUSY) || ! $(RUN) -m pip --version >/dev/null 2>&1; then \
 		$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
 			echo "etfzoo needs Python 3.11 to 3.13 (TensorFlow 2.21 has no wheels for later ones)," \

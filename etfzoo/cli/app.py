@@ -23,7 +23,7 @@ def run(main, doc, arguments=False, extra="jax"):
         main: the recipe.
         doc: what `--help` prints above the flags.
         arguments: whether `main` takes a list of what is written beside the flags.
-        extra: of setup.py, that brings the JAX which the recipe needs.
+        extra: of pyproject.toml, that brings the JAX which the recipe needs.
     """
 
     def guarded(argv):

@@ -103,7 +103,9 @@ def settings(*names, lists=(), **defaults):
 def _shown(value) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value
 
 
 def training_flags(protocol, dataset, lists=(), **defaults):

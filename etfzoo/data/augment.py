@@ -258,7 +258,7 @@ def draw(
     width: int,
     augmentation: Augmentation,
     crop: float,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """What is drawn for a training image, but for RandAugment.
 
     Args:

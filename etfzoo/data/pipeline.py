@@ -81,7 +81,9 @@ class Pipeline:
             input_signature=[tf.TensorSpec([], tf.string)],
         )
         self._draw = tf.function(lambda key: self.mixing.draw(key, height, width))
-        self._mix = tf.function(lambda *pair: mix_pair(*pair, source.num_classes))
+        self._mix = tf.function(
+            lambda images, labels, draws: mix_pair(images, labels, draws, source.num_classes)
+        )
 
     def at_size(self, height: int, width: int) -> "Pipeline":
         """The same examples, order and draws at another image size in pixels."""

@@ -200,7 +200,7 @@ def _derived_row(name, builder) -> Dataset:
     splits = set(builder.info.splits)
     if "train" not in splits:
         raise EtfzooError(f"data set {name} has no train split; it has: {', '.join(splits)}")
-    roles = {}
+    roles: dict = {}
     if {"validation", "test"} <= splits:
         roles = {"fit": "train", "select": "validation", "test": "test"}
     elif "validation" in splits:

@@ -165,7 +165,7 @@ def covariances(rows: Mapping[str, Mapping[str, Covariance]], title: str) -> Fig
     columns = max(len(models) for models in rows.values())
     figure = Figure(figsize=(4.6 * columns + 0.8, 2.7 * len(rows) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    left, right = figure.subfigures(1, 2, width_ratios=(4.6 * columns, 0.8))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(4.6 * columns, 0.8))[0]
     lines = left.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for line, (row, models) in zip(lines, rows.items(), strict=True):
         parts = line.subfigures(1, columns, squeeze=False)[0]

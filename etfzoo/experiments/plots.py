@@ -106,7 +106,7 @@ def accuracy_by_method(title: str, ylabel: str, methods, points) -> Figure:
     drawn = []
     for number, (series, values) in enumerate(points.items()):
         shift = 0.26 * (number - (len(points) - 1) / 2)
-        style = {"color": _COLOURS[number % 5], "marker": _MARKERS[number % 5]}
+        style: dict = {"color": _COLOURS[number % 5], "marker": _MARKERS[number % 5]}
         for place, method in enumerate(methods):
             shares = 100 * np.asarray(values.get(method, ()))
             if not len(shares):

@@ -146,11 +146,11 @@ class Cell:
         """Workdir and configuration of each training, candidates first; none for frozen modes."""
         if self.mode in ("linear_probe", "knn"):
             return []
-        candidates = []
+        candidates: list[tuple[Path, TrainConfig]] = []
         for rate in self.rates if len(self.rates) > 1 else ():
             candidate = dataclasses.replace(self.config, learning_rate=rate)
             trial = search.trial(candidate, self.job.search_epochs)
-            candidates.append((search.folder(self.workdir, candidate), trial))
+            candidates.append((search.folder(self.workdir, candidate).path, trial))
         return [*candidates, (self.workdir, self.config)]
 
 

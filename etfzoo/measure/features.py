@@ -157,7 +157,7 @@ def content_hash(model, pipeline: Pipeline, split: str) -> str:
     for path, array in sorted(weights.as_arrays(model.variables).items()):
         if not is_head_variable(path):
             digest.update(f"{path} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:32]
 
 

@@ -41,7 +41,7 @@ class NeuralCollapseStatistics:
     def __init__(self, num_classes: int, dim: int):
         self.num_classes, self.dim = num_classes, dim
         self.count = np.zeros(num_classes, np.int64)
-        self._shift = None
+        self._shift: np.ndarray | None = None
         self._sums = np.zeros((num_classes, dim))  # of x - shift, by class
         self._squares = np.zeros(num_classes)  # of |x - shift|^2, by class
         self._moment = np.zeros(dim * (dim + 1) // 2)  # of (x - shift)(x - shift)^T, packed

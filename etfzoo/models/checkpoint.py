@@ -66,7 +66,7 @@ class CheckpointManager:
             TrainingDiverged: a weight is not finite; nothing is written.
             EtfzooError: the file cannot be written; the earlier ones are kept.
         """
-        arrays = {_MODEL + k: v for k, v in weights.as_arrays(model.variables).items()}
+        arrays: dict = {_MODEL + k: v for k, v in weights.as_arrays(model.variables).items()}
         if self.trained is not None:
             trained = weights.as_arrays(self.trained.variables)
             arrays |= {_TRAINED + k: v for k, v in trained.items()}

@@ -224,8 +224,8 @@ def replace_head(
         **changes: other fields of ClassifierSpec that change, e.g. `input_shape`, `class_names`;
             class names and feature normalisation are not taken over from the old head.
     """
-    defaults = {"class_names": None, "class_descriptions": None}
-    defaults |= {"feature_norm": "none", "scale": None}
+    defaults: dict = {"class_names": None, "class_descriptions": None, "scale": None}
+    defaults |= {"feature_norm": "none"}
     changes = defaults | changes | {"num_classes": num_classes, "head": head}
     spec = dataclasses.replace(model.spec, **changes)
     fresh = ImageClassifier(spec)

@@ -18,7 +18,7 @@ if keras.backend.backend() == "jax":
         use_full_float32,
     )
 else:
-    from etfzoo.runtime.step_tf import (
+    from etfzoo.runtime.step_tf import (  # type: ignore[assignment]  # the other has no base
         Stepper,
         device_cache,
         device_memory,

@@ -11,62 +11,38 @@ from keras import ops
 from etfzoo.data.pipeline import InputShare
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import losses
+from etfzoo.runtime.stepper import BaseStepper
 from etfzoo.runtime.strategy import get_strategy
 
 _LARGE_VMEM = ("TPU v5 lite", "TPU v6 lite")  # chips with 128 MiB of vector memory
 _deterministic = False  # see set_determinism
 
 
-class Stepper:
+class Stepper(BaseStepper):
     """Training steps of a model; the arithmetic is that of `step_tf.Stepper`.
 
     The step is a pure function of weights, slots and batch. Its inputs are donated: new weights
     take the memory of the old ones. Between two calls the values are in the Keras variables.
 
-    Args:
-        model: the classifier.
-        optimizer: a Keras optimizer without weight decay, built; or one in a
-            keras.optimizers.LossScaleOptimizer.
-        strategy: an `etfzoo.runtime.strategy_jax.DataParallel`.
-        weight_decay: L2 coefficient on the variables that `losses.decayed` names.
-        label_smoothing: see `losses.cross_entropy`.
-        decay_all: whether L2 counts for all trainable variables.
-        jit_compile: of no effect, for XLA compiles all that JAX computes; the attribute is true.
-        average: an `etfzoo.runtime.averaging.WeightAverage` that follows the model; None is none.
+    XLA compiles all that JAX computes, whatever `jit_compile` says.
 
     Raises:
         EtfzooError: a float64 model, which Keras would compute in float32.
     """
 
-    def __init__(
-        self,
-        model,
-        optimizer,
-        strategy,
-        weight_decay=0.0,
-        label_smoothing=0.0,
-        decay_all=False,
-        jit_compile=None,
-        average=None,
-    ):
-        self.model = model
-        self.optimizer = optimizer
-        self.strategy = strategy
-        self.weight_decay = weight_decay
-        self.label_smoothing = label_smoothing
-        self.average = average
-        self.jit_compile = True
-        self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
+    def _compile(self, jit_compile):
+        model, average = self.model, self.average
         self._variables = (
             model.trainable_variables,
             model.non_trainable_variables,
-            optimizer.variables,
+            self.optimizer.variables,
             [*average.model.trainable_variables, *average.model.non_trainable_variables]
             if average
             else [],
         )
         _check_float64(model)
-        self._step = _compiled(self._pure_step, strategy, donate_argnums=0)
+        self._step = _compiled(self._pure_step, self.strategy, donate_argnums=0)
+        return True
 
     def train(self, batches, steps=1, stop=False):
         """SGD steps on the next global batches of an iterator.

@@ -7,9 +7,10 @@ from etfzoo.data.pipeline import InputShare
 from etfzoo.data.source import reading
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import losses
+from etfzoo.runtime.stepper import BaseStepper
 
 
-class Stepper:
+class Stepper(BaseStepper):
     """Training and evaluation steps of a model; the part of training that knows the backend.
 
     The L2 term is added to the gradient before momentum, as torch's SGD does it, whose recipes the
@@ -19,51 +20,25 @@ class Stepper:
     velocity: torch applies the present rate to all of it, so that here an update lags behind a
     changing rate, by momentum / (1 - momentum) steps on average.
 
-    Args:
-        model: the classifier, built under `strategy.scope()`.
-        optimizer: a Keras optimizer without weight decay, built under the same scope; or one in a
-            keras.optimizers.LossScaleOptimizer.
-        strategy: a tf.distribute strategy.
-        weight_decay: L2 coefficient on the variables that `losses.decayed` names.
-        label_smoothing: see `losses.cross_entropy`.
-        decay_all: whether L2 counts for all trainable variables.
-        jit_compile: whether XLA compiles the step; None where it pays and is known to work: on
-            one GPU.
-        average: an `etfzoo.runtime.averaging.WeightAverage` that follows the model; None is none.
+    XLA compiles where it pays and is known to work, on one GPU, unless `jit_compile` says
+    otherwise.
 
     Raises:
         EtfzooError: jit_compile with several replicas.
     """
 
-    def __init__(
-        self,
-        model,
-        optimizer,
-        strategy,
-        weight_decay=0.0,
-        label_smoothing=0.0,
-        decay_all=False,
-        jit_compile=None,
-        average=None,
-    ):
-        self.model = model
-        self.optimizer = optimizer
-        self.strategy = strategy
-        self.weight_decay = weight_decay
-        self.label_smoothing = label_smoothing
-        self.average = average
-        self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
-        several = strategy.num_replicas_in_sync > 1
+    def _compile(self, jit_compile):
+        several = self.strategy.num_replicas_in_sync > 1
         if jit_compile and several:
             # Batch norm's and the optimizer's reductions leave the replica, which XLA cannot.
             raise EtfzooError("jit_compile works with one replica only; leave it out")
         if jit_compile is None:
             jit_compile = not several and bool(tf.config.list_physical_devices("GPU"))
-        self.jit_compile = bool(jit_compile)
         self._replica_step = self._replica_train
         if jit_compile:
             self._replica_step = tf.function(self._replica_train, jit_compile=True)
         self._train = tf.function(self._distributed_train, reduce_retracing=True)
+        return bool(jit_compile)
 
     def train(self, batches, steps=1, stop=False):
         """SGD steps on the next global batches of an iterator.

@@ -27,18 +27,36 @@ def policy(config: TrainConfig) -> str:
     return {"none": "float32"}.get(config.mixed_precision, f"mixed_{config.mixed_precision}")
 
 
+def start_model(config: TrainConfig, source, strategy, pretrained=None) -> ImageClassifier:
+    """The classifier that a run starts from, seeded and on the devices of a strategy.
+
+    Called after the data set is there: preparing one draws random numbers too, but only once.
+
+    Args:
+        config, source, pretrained: see `make_model`.
+        strategy: see `etfzoo.runtime.strategy.get_strategy`.
+    """
+    backend.set_determinism(config.deterministic)
+    keras.utils.set_random_seed(config.seed)
+    with strategy.scope():
+        model = make_model(config, source, pretrained)
+    if strategy.num_replicas_in_sync > 1:
+        backend.synchronize(model, config.synchronize_norms)
+    return model
+
+
 def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageClassifier:
     """The classifier that a configuration starts from.
 
     Args:
         config: the run.
-        source: its data set.
+        source: its data set, or what has its `num_classes` and `class_names`.
         pretrained: gives the model of `config.init`; None loads it.
     """
     size = config.image_size
     if config.norm == "sw":
         backend.use_full_float32()
-    common = {
+    common: dict = {
         "feature_norm": config.feature_norm,
         "scale": config.scale,
         "seed": config.seed,
@@ -80,12 +98,13 @@ def make_pipeline(
         workdir: where the list of corrupt images is kept, with `skip_corrupt`; None keeps none.
         chief: whether this process writes that list.
     """
-    corrupt = ()
+    corrupt: tuple[int, ...] = ()
     if config.skip_corrupt:
         corrupt = _corrupt_keys(config, source, workdir, chief)
     pipeline = Pipeline(
         source,
-        *model.spec.input_shape[:2],
+        model.spec.input_shape[0],
+        model.spec.input_shape[1],
         model.spec.crop,
         config.batch_size,
         Augmentation(

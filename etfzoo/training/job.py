@@ -94,7 +94,7 @@ class Job:
     def arguments(self) -> list[str]:
         """Flags of that command: all that its protocol and its model don't tell."""
         config, task = self.config, self.command
-        given = {"dataset": config.dataset, "protocol": config.protocol}
+        given: dict = {"dataset": config.dataset, "protocol": config.protocol}
         if config.init:
             given = {"model": _short(config.init), "mode": self.mode, "head": config.head} | given
         else:

@@ -29,7 +29,13 @@ from etfzoo.runtime.strategy import (
     num_workers,
     wait_for_all,
 )
-from etfzoo.training.build import make_model, make_optimizer, make_pipeline, make_stepper, mixing
+from etfzoo.training.build import (
+    make_optimizer,
+    make_pipeline,
+    make_stepper,
+    mixing,
+    start_model,
+)
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 
@@ -78,14 +84,8 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
 
 
 def _train(config, workdir, strategy, pretrained):
-    backend.set_determinism(config.deterministic)
     source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
-    # After the data: preparing a data set draws random numbers too, and happens only once.
-    keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        model = make_model(config, source, pretrained)
-    if strategy.num_replicas_in_sync > 1:
-        backend.synchronize(model, config.synchronize_norms)
+    model = start_model(config, source, strategy, pretrained)
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
     cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
     workdir = claim_workdir(config, workdir) if is_chief(strategy) else Workdir(workdir)

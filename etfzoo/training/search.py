@@ -142,7 +142,7 @@ def _best(candidates, scores):
 
 def trial(candidate: TrainConfig, epochs=None) -> TrainConfig:
     """A candidate's run on the part of the training data that is for fitting; see `pick`."""
-    changes = {"train_split": "fit", "eval_split": "select", "neural_collapse_every": 0}
+    changes: dict = {"train_split": "fit", "eval_split": "select", "neural_collapse_every": 0}
     if epochs:
         share = epochs / candidate.epochs
         changes |= {"epochs": epochs, "warmup_epochs": candidate.warmup_epochs * share}

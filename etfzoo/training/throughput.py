@@ -6,14 +6,13 @@ import math
 import resource
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping
 
-import keras
 import numpy as np
 
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError
-from etfzoo.models.classifier import build_classifier
 from etfzoo.runtime import backend
 from etfzoo.runtime.averaging import WeightAverage
 from etfzoo.runtime.strategy import check_batch_size, get_strategy, num_workers
@@ -97,22 +96,8 @@ def synthetic(
         EtfzooError: no such device, several workers, or settings that do not go together.
     """
     strategy = _open(config)
-    backend.set_determinism(config.deterministic)
-    keras.utils.set_random_seed(config.seed)
-    try:
-        with strategy.scope():
-            model = build_classifier(
-                config.backbone,
-                num_classes,
-                config.head,
-                config.norm,
-                input_shape=(config.image_size, config.image_size, 3),
-                dtype=build.policy(config),
-            )
-    except ValueError as error:  # no ETF of these sizes
-        raise EtfzooError(str(error)) from error
-    if strategy.num_replicas_in_sync > 1:
-        backend.synchronize(model, config.synchronize_norms)
+    classes = types.SimpleNamespace(num_classes=num_classes, class_names=None)
+    model = build.start_model(config, classes, strategy)
     optimizer = build.make_optimizer(config, 1000, model, strategy)
     stepper = build.make_stepper(config, model, optimizer, strategy)
     evaluate = backend.evaluation_step(model, strategy=strategy)
@@ -150,13 +135,8 @@ def profile(config: TrainConfig, rounds: int = 3, seconds: float = 5.0) -> dict[
         EtfzooError: bad input, an image that cannot be decoded, or several workers.
     """
     strategy = _open(config)
-    backend.set_determinism(config.deterministic)
     source = resolve(config.dataset, config.data_dir)
-    keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        model = build.make_model(config, source)
-    if strategy.num_replicas_in_sync > 1:
-        backend.synchronize(model, config.synchronize_norms)
+    model = build.start_model(config, source, strategy)
     pipeline = build.make_pipeline(config, source, model)
     optimizer = build.make_optimizer(config, 1000, model, strategy)
     average = WeightAverage(model, config.ema, strategy) if config.ema else None

@@ -11,10 +11,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
+from etfzoo.data.pipeline import Pipeline
+from etfzoo.data.source import Source
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError
 from etfzoo.measure import accuracy, features, neural_collapse
 from etfzoo.models.checkpoint import CheckpointManager
+from etfzoo.models.classifier import ImageClassifier
 from etfzoo.runtime import backend, hardware
 from etfzoo.training import build, loop, search
 from etfzoo.training.config import TrainConfig
@@ -143,9 +146,9 @@ class _Frozen:
     config: TrainConfig
     workdir: Workdir
     finished: dict | None = None
-    source: object = None
-    model: object = None
-    pipeline: object = None
+    source: Source = None
+    model: ImageClassifier = None
+    pipeline: Pipeline = None
     start: float = 0.0
 
     @classmethod

@@ -148,7 +148,7 @@ def parse_handle(handle: str) -> tuple[str, str | None]:
     pattern = {"hf": r"[\w.-]+(/[\w.-]+)+(@[\w.-]+)?", "gs": r"[\w./-]+"}
     if not re.fullmatch(pattern.get(parts.scheme, r"[^\s?\\@]+"), url.partition("://")[2]):
         raise EtfzooError(f"{handle[:200]!r} is not the address of a folder")
-    return url, pin and pin[1].lower()
+    return url, pin[1].lower() if pin else None
 
 
 def _fetch(target, what, urls, listing_at, check, try_out) -> Path:

@@ -56,9 +56,9 @@ def text(name: str, version: int, metadata: dict) -> str:
     top1 = (metadata.get("metrics") or {}).get("top1")
     if isinstance(top1, int | float):
         bad.append(f"What must be right: of 100 images {100 * (1 - top1):.0f} get a wrong class.")
-    good = made.get("intended_use") or "\n".join(f"- {line}" for line in good)
-    bad = made.get("limits") or "\n".join(f"- {line}" for line in bad)
-    lines += ["", "## Good for", "", good, "", "## Not good for", "", bad]
+    use = made.get("intended_use") or "\n".join(f"- {line}" for line in good)
+    limits = made.get("limits") or "\n".join(f"- {line}" for line in bad)
+    lines += ["", "## Good for", "", use, "", "## Not good for", "", limits]
     lines += [
         "",
         "## Use",

@@ -80,10 +80,10 @@ def read() -> Index:
         EtfzooError: no such file, or a broken one.
     """
     index = load(_PACKAGE / "index.json")
-    own = os.environ.get("ETFZOO_INDEX")
-    if not own:
+    path = os.environ.get("ETFZOO_INDEX")
+    if not path:
         return index
-    own = load(Path(own).expanduser())
+    own = load(Path(path).expanduser())
     return Index(index.models | own.models, index.defaults | own.defaults, own.index_version)
 
 
@@ -113,7 +113,7 @@ def add(path, name: str, version: int, row: dict, published: dict, default: bool
     Raises:
         EtfzooError: the version is there already, or the result would be no valid index.
     """
-    empty = {"format": FORMAT, "index_version": 0, "defaults": {}, "models": {}}
+    empty: dict = {"format": FORMAT, "index_version": 0, "defaults": {}, "models": {}}
     document = _document(path) if os.path.lexists(path) else empty
     _checked(document, path)
     tag = name.partition(".")[2]
@@ -142,7 +142,7 @@ def check_name(name: str) -> tuple[str, str, str]:
             f"{name[:200]!r} is no name for a model: it must be <backbone>_<method>.<tag>, the "
             f"backbone {', '.join(BACKBONES)}, the method {', '.join(METHODS)}"
         )
-    return match.groups()
+    return match[1], match[2], match[3]
 
 
 def _is_published(document, bare):

@@ -1,0 +1,46 @@
+"""What the training steps of all backends are made from."""
+
+from etfzoo.runtime import losses
+
+
+class BaseStepper:
+    """Training steps of a model, see `etfzoo.runtime.step_tf.Stepper` for the arithmetic.
+
+    Args:
+        model: the classifier, built under `strategy.scope()`.
+        optimizer: a Keras optimizer without weight decay, built under the same scope; or one in a
+            keras.optimizers.LossScaleOptimizer.
+        strategy: see `etfzoo.runtime.strategy.get_strategy`.
+        weight_decay: L2 coefficient on the variables that `losses.decayed` names.
+        label_smoothing: see `losses.cross_entropy`.
+        decay_all: whether L2 counts for all trainable variables.
+        jit_compile: whether XLA compiles the step; None is the backend's choice.
+        average: an `etfzoo.runtime.averaging.WeightAverage` that follows the model; None is none.
+
+    Attributes:
+        jit_compile: whether XLA compiles the step.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        strategy,
+        weight_decay=0.0,
+        label_smoothing=0.0,
+        decay_all=False,
+        jit_compile=None,
+        average=None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.strategy = strategy
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.average = average
+        self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
+        self.jit_compile = self._compile(jit_compile)
+
+    def _compile(self, jit_compile) -> bool:
+        """Makes the step; returns whether XLA compiles it."""
+        raise NotImplementedError

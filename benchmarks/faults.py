@@ -85,6 +85,7 @@ class Workers:
             (*read(CheckpointManager(w).paths()[0]), (w / "metrics.csv").read_text())
             for w in (self.workdir, reference.workdir)
         )
+        del more[0]["run"], others[0]["run"]  # ids of runs
         if a.keys() != b.keys() or more != others or self.has("**/.*.tmp"):
             return float("inf")
         return max(float(abs(a[name].astype("f8") - b[name]).max()) for name in a)

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from etfzoo import files
+from etfzoo import files, locks
 from etfzoo.errors import EtfzooError
 
 
@@ -47,6 +47,11 @@ class Workdir(os.PathLike):
     def selection(self) -> Path:
         """Scores of the candidates of a search."""
         return self.path / "selection.json"
+
+    @property
+    def data(self) -> Path:
+        """What the data looked like when the run began."""
+        return self.path / "data.json"
 
     @property
     def corrupt(self) -> Path:
@@ -94,6 +99,10 @@ class Workdir(os.PathLike):
     def is_run(self) -> bool:
         """Whether this is a run's folder, with weights in it."""
         return self.checkpoints.is_dir()
+
+    def lock(self):
+        """Keeps other processes out while a run is at work here, see `etfzoo.locks.lock`."""
+        return locks.lock(self.path, "a run")
 
     def claim(self) -> None:
         """Creates the folder, or tidies up after a run that was killed."""

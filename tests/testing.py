@@ -84,6 +84,33 @@ def run_recipe(recipe, *flags, code=0, cwd=None):
     return process.stdout + process.stderr
 
 
+def last_checkpoint(workdir, path=None):
+    """Arrays and state of a run's last checkpoint, or of a file, but for the id of the run."""
+    from etfzoo.models import checkpoint
+
+    arrays, state = checkpoint.read(path or checkpoint.CheckpointManager(workdir).paths()[0])
+    del state["run"]
+    return arrays, state
+
+
+@contextlib.contextmanager
+def held_by_another_process(folder):
+    """Another process that has the lock of a folder."""
+    code = "import sys; from etfzoo import locks\nwith locks.lock(sys.argv[1], 'it'): input('held')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": _PATH},
+    )
+    assert process.stdout.read(4) == b"held"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def randomize(model, seed=0, fixed=False):
     """Brings a model into a state that no initializer gives; an ETF's kernel only if `fixed`."""
     rng = np.random.default_rng(seed)

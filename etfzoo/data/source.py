@@ -42,6 +42,13 @@ class Source:
         """What the class names mean, by class number; None where they speak for themselves."""
         return None
 
+    def fingerprint(self) -> dict:
+        """What tells the data set from a changed one, at little cost: JSON values by name.
+
+        Where it is stored is no part of it.
+        """
+        raise NotImplementedError
+
     def split(self, role: str) -> str:
         """The split that plays a role (`train`, `fit`, `select`, `test`); else the name itself."""
         return getattr(self.row, role) if role in ROLES else role

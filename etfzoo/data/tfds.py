@@ -1,6 +1,7 @@
 """Data sets of tensorflow_datasets (TFDS) as sources; TFDS is imported when one is opened."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 import re
@@ -66,6 +67,18 @@ class _TfdsSource(Source):
         words = dict(line.split("\t")[-2:] for line in text.splitlines() if "\t" in line)
         found = tuple(words.get(name) for name in self.class_names)
         return None if None in found else found
+
+    def fingerprint(self):
+        info = self.builder.info
+        splits = {
+            f"split {name}": {
+                "images": split.num_examples,
+                "bytes": split.num_bytes,
+                "files": hashlib.sha256(repr(tuple(split.shard_lengths)).encode()).hexdigest(),
+            }
+            for name, split in sorted(info.splits.items())
+        }
+        return {"name": info.full_name, "classes": list(self.class_names)} | splits
 
     def size(self, split):
         return self._info(split).num_examples

@@ -12,18 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from etfzoo import files
+from etfzoo import files, locks
 from etfzoo.data.sources import resolve
-from etfzoo.errors import EtfzooError
 from etfzoo.experiments import sweep
 from etfzoo.runtime.interruption import EXIT_STOPPED, Stopped, StopRequest
 from etfzoo.version import __version__
 from etfzoo.workdir import Workdir
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 _ROOT = Path(__file__).resolve().parents[2]  # where processes of cells find this package
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -51,60 +45,6 @@ def _write_settings(settings, command):
     files.write_text(root / "sweep.json", json.dumps(document, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def lock(root):
-    """Keeps other sweeps out of a directory; yields the descriptor of the lock.
-
-    The processes of the cells inherit it, so that a sweep that was killed is over only when they
-    are.
-
-    Raises:
-        EtfzooError: another sweep runs there.
-    """
-    if fcntl is None:
-        yield None
-        return
-    path = files.make_directory(root) / ".lock"
-    try:
-        file = open(path, "a+")  # noqa: SIM115
-    except OSError as error:
-        raise EtfzooError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        deadline = time.monotonic() + _ORPHANS
-        said = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip()
-                if _alive(holder) or time.monotonic() > deadline:
-                    raise EtfzooError(
-                        f"another sweep (process {holder or 'unknown'}) runs in {root}; wait for "
-                        "it or choose another `workdir`"
-                    ) from None
-                if not said:
-                    print("waiting for the cells of a killed sweep to save and end", flush=True)
-                said = True
-                time.sleep(0.5)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield file.fileno()
-
-
-def _alive(pid):
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def run(settings: sweep.Sweep, command: str, jobs: int = 1, gpus: int = 0) -> list[str]:
     """Runs all cells that are not finished, after writing `sweep.json`.
 
@@ -123,7 +63,7 @@ def run(settings: sweep.Sweep, command: str, jobs: int = 1, gpus: int = 0) -> li
         EtfzooError: bad settings, missing data, or another sweep in the same directory.
         Stopped: SIGTERM or SIGINT arrived; running cells were told to save, and have ended.
     """
-    with lock(settings.root) as held:
+    with locks.lock(settings.root, "a sweep", _ORPHANS) as held:
         cells = sweep.cells(settings)
         states = {cell: sweep.state(cell) for cell in cells}
         open_cells = [cell for cell in cells if states[cell] != sweep.FINISHED]

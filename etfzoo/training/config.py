@@ -267,7 +267,10 @@ class TrainConfig:
         Raises:
             EtfzooError: no such file, not JSON, or fields that this version does not know.
         """
-        return cls.from_dict(files.read_json(path), path)
+        values = files.read_json(path)
+        if isinstance(values, dict):  # see etfzoo.training.identity
+            values = {k: v for k, v in values.items() if k not in ("run", "settings")}
+        return cls.from_dict(values, path)
 
     @classmethod
     def from_dict(cls, values, source) -> "TrainConfig":

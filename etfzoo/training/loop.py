@@ -1,5 +1,6 @@
 """Training: epochs, checkpoints, progress and logs around one backend's step."""
 
+import contextlib
 import csv
 import io
 import json
@@ -29,6 +30,7 @@ from etfzoo.runtime.strategy import (
     num_workers,
     wait_for_all,
 )
+from etfzoo.training import identity
 from etfzoo.training.build import (
     make_optimizer,
     make_pipeline,
@@ -76,11 +78,14 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     check_batch_size(config.batch_size, strategy)
     mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
-    check_workdir(config, workdir)
-    finished = Workdir(workdir).read_result()
-    with exit_if_worker_lost(strategy):
-        check_agreement(strategy, config.results_in() | {"a finished run": finished is not None})
-        return finished or _train(config, workdir, strategy, pretrained)
+    workdir = Workdir(workdir)
+    with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
+        identity.check(config, workdir)
+        finished = workdir.read_result()
+        with exit_if_worker_lost(strategy):
+            seen = config.results_in() | {"a finished run": finished is not None}
+            check_agreement(strategy, seen)
+            return finished or _train(config, workdir, strategy, pretrained)
 
 
 def _train(config, workdir, strategy, pretrained):
@@ -88,35 +93,16 @@ def _train(config, workdir, strategy, pretrained):
     model = start_model(config, source, strategy, pretrained)
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
     cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
-    workdir = claim_workdir(config, workdir) if is_chief(strategy) else Workdir(workdir)
-    return Trainer(config, workdir, strategy, pipeline, model, cache).train()
-
-
-def check_workdir(config: TrainConfig, workdir) -> None:
-    """Raises EtfzooError when a workdir holds a run with other settings; writes nothing."""
-    path = Workdir(workdir).config
-    if path.exists():
-        differences = TrainConfig.load(path).differences(config)
-        if differences:
-            raise EtfzooError(
-                f"{workdir} holds a run with other settings ({'; '.join(differences[:4])}); "
-                "choose another `workdir` or delete it"
-            )
-
-
-def claim_workdir(config: TrainConfig, workdir) -> Workdir:
-    """Creates the workdir with its config, or tidies up after a run that was killed."""
-    workdir = Workdir(workdir)
-    workdir.claim()
-    config.save(workdir.config)
-    return workdir
+    run = identity.claim(config, workdir, source.fingerprint()) if is_chief(strategy) else None
+    return Trainer(config, workdir, strategy, pipeline, model, cache, run).train()
 
 
 class Trainer:
     """One run: the loop and its state."""
 
-    def __init__(self, config, workdir, strategy, pipeline, model, cache):
+    def __init__(self, config, workdir, strategy, pipeline, model, cache, run):
         self.config = config
+        self.run = run  # its identity; the chief's alone, who writes
         self.workdir = workdir
         self.strategy = strategy
         self.chief = is_chief(strategy)
@@ -142,6 +128,8 @@ class Trainer:
         self.start, self.seconds = time.monotonic(), 0.0
         restored = self.checkpoints.restore(self.model, self.optimizer, tidy=self.chief)
         if restored is not None:
+            if self.chief:
+                identity.check_state(self.run, restored, self.workdir)
             self.state = {name: restored[name] for name in self.state}
             self.seconds = hardware.read(self.workdir).get("seconds", 0.0)
             log.info(
@@ -291,7 +279,11 @@ class Trainer:
         _check_finite(totals[0])
         self.state["totals"] = totals.tolist()
         step = self.state["epoch"] * self.steps + self.state["step"]
-        self.checkpoints.save(step, self.model, self.optimizer, self.state, best, write=self.chief)
+        state = self.state
+        if self.chief:
+            identity.check_claim(self.run, self.workdir)
+            state = self.run | state
+        self.checkpoints.save(step, self.model, self.optimizer, state, best, write=self.chief)
         if self.chief:
             seconds = self.seconds + time.monotonic() - self.start
             hardware.write(self.workdir, seconds, self.strategy)

@@ -19,7 +19,7 @@ from etfzoo.measure import accuracy, features, neural_collapse
 from etfzoo.models.checkpoint import CheckpointManager
 from etfzoo.models.classifier import ImageClassifier
 from etfzoo.runtime import backend, hardware
-from etfzoo.training import build, loop, search
+from etfzoo.training import build, identity, loop, search
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo.load import load
@@ -33,6 +33,18 @@ KNN_GRID = (1, 5, 10, 20, 50, 100, 200)
 KNN_TEMPERATURE = 0.07
 
 
+def _alone(function):
+    """The function of a config and a workdir, with other processes kept out of that."""
+
+    @functools.wraps(function)
+    def locked(config, workdir, *args, **kwargs):
+        with Workdir(workdir).lock():
+            return function(config, workdir, *args, **kwargs)
+
+    return locked
+
+
+@_alone
 def finetune(
     config: TrainConfig, workdir, learning_rates=(), weight_decays=(), widen=False
 ) -> dict:
@@ -60,6 +72,7 @@ def finetune(
     return loop.train_and_evaluate(best, workdir, pretrained)
 
 
+@_alone
 def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=None) -> dict:
     """Fits an L2 logistic regression on the frozen pooled features of `config.init`.
 
@@ -99,10 +112,11 @@ def linear_probe(config: TrainConfig, workdir, grid=PROBE_GRID, feature_cache=No
     for split, found in measured.items():
         result |= neural_collapse.scalars(features.collapse(found, classes), f"nc/{split}/")
         result |= {f"nc/{split}/nc1_equal": equal[split]} if equal else {}
-    CheckpointManager(frozen.workdir).save(0, model, None, {})
+    CheckpointManager(frozen.workdir).save(0, model, None, frozen.run)
     return frozen.finish(result)
 
 
+@_alone
 def knn(config: TrainConfig, workdir, grid=KNN_GRID, feature_cache=None) -> dict:
     """Classifies by the nearest training examples in the cosine of frozen pooled features.
 
@@ -149,6 +163,7 @@ class _Frozen:
     source: Source = None
     model: ImageClassifier = None
     pipeline: Pipeline = None
+    run: dict = None
     start: float = 0.0
 
     @classmethod
@@ -157,7 +172,7 @@ class _Frozen:
             raise EtfzooError(f"{what} needs a pretrained model and `head=linear`")
         if config.strategy not in ("auto", "one_device"):
             raise EtfzooError(f"{what} runs on one device: leave out `strategy`")
-        loop.check_workdir(config, workdir)
+        identity.check(config, workdir)
         finished = Workdir(workdir).read_result()
         if finished is not None:
             if mark not in finished:
@@ -166,8 +181,9 @@ class _Frozen:
         source = resolve(config.dataset, config.data_dir)
         model = build.make_model(config, source)
         pipeline = build.make_pipeline(config, source, model, workdir)
-        workdir = loop.claim_workdir(config, workdir)
-        return cls(config, workdir, None, source, model, pipeline, time.monotonic())
+        run = identity.claim(config, workdir, source.fingerprint())
+        workdir = Workdir(workdir)
+        return cls(config, workdir, None, source, model, pipeline, run, time.monotonic())
 
     def features(self, cache) -> dict:
         """Features of `fit`, `select` and of what the run trains and tests on."""

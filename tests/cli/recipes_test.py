@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 import etfzoo
-from etfzoo.models import checkpoint
-from testing import CHECKOUT, small_disk
+from testing import CHECKOUT, last_checkpoint, small_disk
 
 ROOT = CHECKOUT
 TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
@@ -192,9 +191,7 @@ def test_an_empty_image_folder(tmp_path):
 def _assert_bit_equal(a, b):
     for workdir in (a, b):
         assert (workdir / "result.json").exists()
-    (arrays, state), (others, other_state) = (
-        checkpoint.read(checkpoint.CheckpointManager(w).paths()[0]) for w in (a, b)
-    )
+    (arrays, state), (others, other_state) = map(last_checkpoint, (a, b))
     assert state == other_state and arrays.keys() == others.keys()
     for name in arrays:
         np.testing.assert_array_equal(arrays[name], others[name], name)

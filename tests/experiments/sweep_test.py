@@ -20,7 +20,7 @@ from etfzoo.runtime import hardware
 from etfzoo.training import search, transfer
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
-from testing import CHECKOUT
+from testing import CHECKOUT, held_by_another_process
 
 TINY = {
     "source": "digits",
@@ -296,8 +296,8 @@ def test_what_was_made_by_hand_is_finished(pretrained):
 
 def test_two_sweeps_in_one_directory(pretrained, tmp_path):
     settings = copy(pretrained, tmp_path / "root")
-    with runner.lock(settings.root):
-        with pytest.raises(EtfzooError, match=f"another sweep .process {os.getpid()}. runs in"):
+    with held_by_another_process(settings.root) as process:
+        with pytest.raises(EtfzooError, match=f"a sweep is at work in .*process {process.pid} on"):
             runner.run(settings, "")
 
 

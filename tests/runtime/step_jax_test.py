@@ -19,7 +19,7 @@ from etfzoo.measure import accuracy
 from etfzoo.models import checkpoint
 from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
-from testing import CHECKOUT, fresh_python, make_image_folder
+from testing import CHECKOUT, fresh_python, last_checkpoint, make_image_folder
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="JAX is not installed"
@@ -252,7 +252,7 @@ def finished(config, tmp_path_factory):
 
 
 def state_of(workdir, step):
-    return checkpoint.read(workdir / f"checkpoints/step-{step:010d}.npz")
+    return last_checkpoint(workdir, workdir / f"checkpoints/step-{step:010d}.npz")
 
 
 def begun(workdir, target, step):

@@ -15,10 +15,9 @@ import tensorflow as tf
 
 import etfzoo
 from etfzoo.errors import EtfzooError
-from etfzoo.models import checkpoint
 from etfzoo.runtime import step_tf, strategy
 from etfzoo.runtime.strategy import best_here, get_strategy, is_chief, num_workers
-from testing import CHECKOUT, make_image_folder
+from testing import CHECKOUT, last_checkpoint, make_image_folder
 
 BATCH, STEPS = 12, 5
 
@@ -186,7 +185,7 @@ def pretraining(workdir, data_dir, *flags):
 
 
 def final(workdir):
-    return checkpoint.read(checkpoint.CheckpointManager(workdir).paths()[0])
+    return last_checkpoint(workdir)
 
 
 @pytest.fixture(scope="module")

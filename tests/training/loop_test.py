@@ -17,6 +17,7 @@ from etfzoo.models import checkpoint
 from etfzoo.runtime import hardware
 from etfzoo.training import loop, search
 from etfzoo.training.config import TrainConfig
+from testing import last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def finished(config, tmp_path_factory):
 
 
 def _final(workdir):
-    return checkpoint.read(checkpoint.CheckpointManager(workdir).paths()[0])
+    return last_checkpoint(workdir)
 
 
 def _assert_same_end(a, b):

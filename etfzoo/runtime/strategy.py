@@ -15,8 +15,8 @@ import zlib
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
 
+from etfzoo import internals
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.runtime.strategies import STRATEGIES
 
@@ -235,21 +235,12 @@ def _wait_for_chief(resolver, every=20):
 
 
 def _slurm_tf_config() -> str:
-    """The TF_CONFIG of a task of a Slurm job step.
-
-    Not by TensorFlow's resolver: it sorts the hosts, so that node10 comes before node9 and takes
-    its rank, and hands out GPUs, which Slurm has done, and fails where there are none.
-    """
+    """The TF_CONFIG of a task of a Slurm job step."""
     try:
-        hosts = slurm_cluster_resolver.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
-        counts = slurm_cluster_resolver.expand_tasks_per_node(
-            os.environ["SLURM_STEP_TASKS_PER_NODE"]
+        tasks = internals.slurm_tasks(
+            os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
         )
-        workers = [
-            f"{host}:{_SLURM_PORT + i}"
-            for host, count in zip(hosts, counts, strict=True)
-            for i in range(count)
-        ]
+        workers = [f"{host}:{_SLURM_PORT + i}" for host, count in tasks for i in range(count)]
         index = int(os.environ["SLURM_PROCID"])
     except (KeyError, ValueError) as error:
         raise EtfzooError(

@@ -36,6 +36,7 @@ setup(
     # of the extras `cpu`, `gpu` and `tpu` has to bring it.
     install_requires=[
         "absl-py",
+        "filelock>=4",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
         "keras>=3.15,<3.16",
         "keras-cv==0.9.0",

@@ -6,6 +6,7 @@ them by their effect, so far with TensorFlow 2.21.0 and Keras 3.15.1: try new ve
 Every room may use this module: it imports TensorFlow and Keras only where a function needs them.
 """
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -237,6 +238,16 @@ def import_quietly(name: str) -> None:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+def take_back_sigterm() -> None:
+    """Gives SIGTERM back to Python's handler where a library has taken it for itself.
+
+    TensorFlow's C++ does when several workers join (its preemption notifier), without a switch
+    against it. Setting the handler that Python believes in makes the system call again.
+    """
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def end_with_parent() -> None:

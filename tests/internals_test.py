@@ -4,6 +4,7 @@ A test that fails with a new version names what has moved. Some also try to do w
 works too, the function of `etfzoo.internals` can go.
 """
 
+import ctypes
 import gc
 import os
 import signal
@@ -249,6 +250,21 @@ def test_import_quietly(noisy, capfd):
         internals.import_quietly("noisy_bad")
     os.write(2, b" after")
     assert capfd.readouterr().err == "why after"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_take_back_sigterm():
+    libc, heard = ctypes.CDLL(None), []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        libc.signal(signal.SIGTERM, ctypes.c_void_p(1))  # SIG_IGN, behind Python's back
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == []
+        internals.take_back_sigterm()
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 PARENT = """

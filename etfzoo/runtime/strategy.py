@@ -1,13 +1,11 @@
 """Where a run computes: tf.distribute strategies by name, and what workers must agree on."""
 
-import contextlib
 import errno
 import functools
 import glob
 import json
 import logging
 import os
-import signal
 import socket
 import time
 import zlib
@@ -203,9 +201,8 @@ def _multiworker_strategy():
         ) from error
     except (ValueError, tf.errors.OpError) as error:
         raise EtfzooError(f"the workers cannot be joined: {_first_line(error)}") from error
-    # Joining takes SIGTERM out of Python's hands, and nobody would hear it until training begins.
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    # Joining has taken SIGTERM out of Python's hands: nobody would hear it until training begins.
+    internals.take_back_sigterm()
     return strategy
 
 

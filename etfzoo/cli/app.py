@@ -4,13 +4,13 @@ import importlib
 import logging
 import os
 import sys
-import tempfile
 
 from absl import app
 from absl import flags as absl_flags
 from absl import logging as absl_logging
 
 import etfzoo
+from etfzoo import internals
 from etfzoo.cli.flags import FLAGS, GROUPS, as_flags
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -40,7 +40,7 @@ def run(main, doc, arguments=False, extra="jax"):
         absl_logging.set_verbosity(absl_logging.ERROR)
         if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
             _import_backend(os.environ["KERAS_BACKEND"], extra)
-        _import_tensorflow()
+        internals.import_quietly("tensorflow")
         try:
             main(argv[1:]) if arguments else main()
         except etfzoo.EtfzooError as error:
@@ -58,26 +58,6 @@ def run(main, doc, arguments=False, extra="jax"):
             _fail(f"{error}; --help lists the flags")
 
     app.run(guarded, flags_parser=parse)
-
-
-def _import_tensorflow():
-    # TensorFlow writes notices straight to file descriptor 2 while it loads; hold them back, and
-    # show them only when loading fails.
-    with tempfile.TemporaryFile() as notices:
-        saved = os.dup(2)
-        os.dup2(notices.fileno(), 2)
-        try:
-            importlib.import_module("tensorflow")
-            loaded = True
-        except ImportError:
-            loaded = False
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-        if not loaded:
-            notices.seek(0)
-            sys.stderr.write(notices.read().decode(errors="replace"))
-            importlib.import_module("tensorflow")
 
 
 def _import_backend(name, extra):

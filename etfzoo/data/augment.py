@@ -36,18 +36,17 @@ def _dct_method(fast):
     return "INTEGER_FAST" if fast else "INTEGER_ACCURATE"
 
 
-def check_size(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
+def check_size(encoded: tf.Tensor) -> tf.Tensor:
     """The encoded image itself, if its header says that it is safe to decode.
 
     Some kilobytes may unfold to gigabytes, so the size is read before anything is decoded.
 
     Args:
         encoded: scalar string.
-        max_pixels: largest height times width.
 
     Raises:
         tf.errors.InvalidArgumentError: when it runs: neither JPEG nor PNG, no readable header, or
-            more pixels.
+            more than MAX_PIXELS.
     """
 
     def size_of_png():
@@ -67,8 +66,8 @@ def check_size(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
         size_of_png,
     )
     # A side below zero is one above 2**31 - 1, which no PNG has.
-    bearable = (tf.reduce_min(size) > 0) & (tf.reduce_prod(size) <= max_pixels)
-    message = f"the image has no pixels or more than {max_pixels}; its sides are"
+    bearable = (tf.reduce_min(size) > 0) & (tf.reduce_prod(size) <= MAX_PIXELS)
+    message = f"the image has no pixels or more than {MAX_PIXELS}; its sides are"
     with tf.control_dependencies([tf.debugging.Assert(bearable, [message, size])]):
         return tf.identity(encoded)
 

@@ -19,20 +19,19 @@ GREY = 128.0  # of pixels from outside, as in the authors' code
 _RAND_AUGMENT = 2  # tells the draws here from others of the same key
 
 
-def rand_augment(image: tf.Tensor, key: tf.Tensor, magnitude: float, layers: int = LAYERS):
-    """Applies operations that are drawn evenly.
+def rand_augment(image: tf.Tensor, key: tf.Tensor, magnitude: float):
+    """Applies LAYERS operations that are drawn evenly.
 
     Args:
         image: float32 `[H, W, 3]`, whole numbers in 0..255.
         key: int `[2]`, the stateless seed of this image in this epoch.
         magnitude: in 0..10; see `operations`.
-        layers: how many operations.
 
     Returns:
         as `image`.
     """
     available = operations(magnitude).values()
-    for layer_key in tf.unstack(tf.random.split(tf.random.fold_in(key, _RAND_AUGMENT), layers)):
+    for layer_key in tf.unstack(tf.random.split(tf.random.fold_in(key, _RAND_AUGMENT), LAYERS)):
         operation_key, sign_key = tf.unstack(tf.random.split(layer_key, 2))
         number = tf.random.stateless_uniform([], operation_key, 0, len(available), tf.int32)
         up = tf.random.stateless_uniform([], sign_key) < 0.5

@@ -220,7 +220,6 @@ def regress(
     kind: str = "gaussian",
     num_features: int | None = None,
     regularization: float = 1e-2,
-    grid=GRID,
     seed: int = 0,
 ) -> Draw:
     """Ridge regression of one-hot labels (minus 1/K) on the features of one W.
@@ -230,8 +229,7 @@ def regress(
         activations: functions that share the W.
         kind, seed: of the projection.
         num_features: n; None is p.
-        regularization: the fixed gamma, see RidgeRegression.
-        grid: where the validated gamma is looked for, see `RidgeRegression.pick`.
+        regularization: the fixed gamma, see RidgeRegression; for the validated one see its `pick`.
 
     Raises:
         EtfzooError: bad shapes, values or names; a test class that is not in `train`.
@@ -251,7 +249,7 @@ def regress(
     for activation in activations:
         fit = RidgeRegression(random_features(inputs, weights, activation), targets)
         features = random_features(test_inputs, weights, activation)
-        picked = fit.pick(grid)
+        picked = fit.pick()
         row = []
         for gamma in (regularization, picked):
             predicted = fit.predict(features, gamma)
@@ -262,8 +260,10 @@ def regress(
 
 
 def kernel_coefficients(activation: Activation, tau: float = 1.0) -> tuple[float, float, float]:
-    """The numbers d0, d1, d2 by which an activation enters the kernel's equivalent.
+    """The numbers by which an activation enters what the kernel E_W[F F^T] of Gaussian W is near.
 
+    They are d0, d1, d2 of its deterministic equivalent (Liao & Couillet 2018), see
+    tests/experiments/random_features_test.py.
     With z ~ N(0, 1) and s at sqrt(tau) z: d1 = (E s')^2, d2 = (E s'')^2 / 4 and
     d0 = Var s - tau d1; the derivatives by Stein's lemma, so that s needs none. For
     s = a2 t^2 + a1 t that is (2 tau^2 a2^2, a1^2, a2^2). The paper's footnote has d2 = 2 a2^2,
@@ -289,58 +289,6 @@ def kernel_coefficients(activation: Activation, tau: float = 1.0) -> tuple[float
     bend = measure @ ((np.square(z) - 1) * s) / tau
     variance = measure @ np.square(s - mean)
     return max(0.0, float(variance - tau * slope**2)), float(slope**2), float(bend**2 / 4)
-
-
-def centred(kernel) -> np.ndarray:
-    """P K P with P = I - 11^T/N."""
-    kernel = kernel - kernel.mean(0)
-    return kernel - kernel.mean(1, keepdims=True)
-
-
-def deterministic_equivalent(inputs, labels, activation: Activation) -> np.ndarray:
-    """The matrix that P K P approaches in spectral norm, K the kernel E_W[F F^T] of Gaussian W.
-
-    P {d1 X^T X + d2 V A V^T + d0 I} P, X the inputs / sqrt(p); V = [J / sqrt(p), phi] and
-    A = [[t t^T + 2 S, t], [t^T, 1]], with J the one-hot labels, phi_i the difference of
-    |x_i - mu|^2 / p to its class mean, t_a = sqrt(p) (tr C_a / p - tau), S_ab = tr(C_a C_b) / p
-    (Liao & Couillet 2018). It holds for mixtures whose means and covariances C_a differ little,
-    with p and N large and alike. The traces are estimated without bias from the data. At p = 512
-    and N = 1024 it is off by 2 to 5 % of the kernel's norm where the classes' traces differ, but by
-    14 % for cos where only their means do, as the norm is smaller there; either falls like
-    1/sqrt(p).
-
-    Args:
-        inputs: `[N, p]`.
-        labels: class numbers `[N]`.
-        activation: sigma.
-
-    Returns:
-        float64 array `[N, N]`.
-
-    Raises:
-        EtfzooError: bad shapes or values, or a class with fewer than two examples.
-    """
-    inputs, labels = _examples(inputs, labels)
-    dim = inputs.shape[1]
-    _, labels, count = np.unique(labels, return_inverse=True, return_counts=True)
-    if count.min() < 2:
-        raise EtfzooError("a class with fewer than two examples has no covariance")
-    one_hot = np.eye(len(count))[labels]
-    x = inputs / np.sqrt(dim)
-    noise = x - (one_hot.T @ x / count[:, None])[labels]
-    tau = np.mean(np.square(x).sum(1))
-    squares = np.square(noise).sum(1)
-    traces = one_hot.T @ squares / (count - 1)
-    phi = squares - (one_hot.T @ squares / count)[labels]
-    t = np.sqrt(dim) * (traces - tau)
-    # p E (w_i . w_j)^2 = tr(C_a C_b) / p for i != j.
-    products = np.square(noise @ noise.T)
-    np.fill_diagonal(products, 0)
-    s = dim * (one_hot.T @ products @ one_hot) / (np.outer(count, count) - np.diag(count))
-    v = np.column_stack([one_hot / np.sqrt(dim), phi])
-    a = np.block([[np.outer(t, t) + 2 * s, t[:, None]], [t, np.ones(1)]])
-    d0, d1, d2 = kernel_coefficients(activation, tau)
-    return centred(d1 * x @ x.T + d2 * v @ a @ v.T + d0 * np.eye(len(x)))
 
 
 def gaussian_classes(

@@ -1,7 +1,6 @@
 """Runs the cells of a sweep, each in a process of its own, several at a time."""
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -12,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from etfzoo import files, locks
+from etfzoo import files, internals, locks
 from etfzoo.data.sources import resolve
 from etfzoo.experiments import sweep
 from etfzoo.runtime.interruption import EXIT_STOPPED, Stopped, StopRequest
@@ -20,7 +19,6 @@ from etfzoo.version import __version__
 from etfzoo.workdir import Workdir
 
 _ROOT = Path(__file__).resolve().parents[2]  # where processes of cells find this package
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _ORPHANS = 120  # seconds that the cells of a killed sweep get to save and end
 
 
@@ -134,7 +132,8 @@ class _Runner:
                 | {"PYTHONPATH": python_path()},
                 pass_fds=() if self.held is None else (self.held,),
                 start_new_session=True,  # Ctrl-C arrives here alone, and is handed on once
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                # It saves and ends, if this process is killed.
+                preexec_fn=internals.end_with_parent if sys.platform == "linux" else None,
             )
         return _Running(cell, slot, process, log, offset, time.monotonic(), images)
 
@@ -230,10 +229,6 @@ def _environment(slot, jobs, gpus):
     share = str(max(1, cores // jobs))
     names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
     return environment | dict.fromkeys(names, share)
-
-
-def _end_with_parent():
-    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: save and end, if it is killed
 
 
 def clock(seconds: float) -> str:

@@ -16,14 +16,14 @@ def full_precision(compute_dtype: str) -> str:
     return "float32" if compute_dtype in ("float16", "bfloat16") else compute_dtype
 
 
-def minimum_scale(num_classes: int, error: float = 0.01) -> float:
-    """Smallest logit scale at which collapsed, L2-normalised features reach p_true >= 1 - error.
+def minimum_scale(num_classes: int) -> float:
+    """Smallest logit scale at which collapsed, L2-normalised features reach p_true >= 0.99.
 
     At perfect collapse the logit of the true class is s and of every other -s/(K-1), hence
-    s >= (K-1)/K ln((K-1)(1-error)/error).
+    s >= (K-1)/K ln((K-1) 0.99/0.01).
     """
     k = num_classes
-    return (k - 1) / k * math.log((k - 1) * (1 - error) / error)
+    return (k - 1) / k * math.log((k - 1) * 0.99 / 0.01)
 
 
 @keras.saving.register_keras_serializable(package="etfzoo")

@@ -1,16 +1,13 @@
 """Batch normalisation by TensorFlow's fused op."""
 
-import os
-
 import keras
 from keras import ops
+
+from etfzoo import internals
 
 _ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 if _ON_TENSORFLOW:
     import tensorflow as tf
-
-    # TensorFlow has no public name for "is XLA compiling this".
-    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 
 @keras.saving.register_keras_serializable(package="etfzoo", name="FusedBatchNormalization")
@@ -76,7 +73,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             and dtype == self.compute_dtype
             and dtype in ("float32", "float16", "bfloat16")
             and not (training and (not self.trainable or self._over_replicas()))
-            and not _xla_compiles()
+            and not internals.xla_compiles()
         )
 
     def _over_replicas(self) -> bool:
@@ -91,14 +88,4 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         return config
 
 
-def _xla_compiles() -> bool:
-    """Whether XLA compiles what is being traced, or may choose to."""
-    return bool(
-        GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
-        or tf.config.optimizer.get_jit()
-        or "tf_xla_auto_jit" in os.environ.get("TF_XLA_FLAGS", "")
-    )
-
-
-# Keras's weight files address layers by the names of their classes.
-FusedBatchNormalization.__name__ = keras.layers.BatchNormalization.__name__
+internals.share_weight_files(FusedBatchNormalization)

@@ -126,16 +126,16 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
     return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def binomial_interval(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def binomial_interval(right: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy (Wilson 1927).
 
     Args:
         right: share of examples that are right.
         count: number of examples.
-        z: normal quantile.
     """
     if count == 0:
         return 0.0, 1.0
+    z = 1.96  # the normal quantile
     centre = (right + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(right * (1 - right) / count + z * z / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -9,6 +9,7 @@ import re
 import keras
 import keras_cv
 
+from etfzoo import internals
 from etfzoo.errors import EtfzooError
 from etfzoo.layers import ETFClassifier, FusedBatchNormalization, SwitchableWhitening
 from etfzoo.models.table import get_backbone
@@ -45,8 +46,7 @@ def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = BATCH_NORM_MOMENTUM
             if keras.backend.backend() == "tensorflow":
-                # The subclass has the same state, and a clone would make every weight anew.
-                layer.__class__ = FusedBatchNormalization
+                internals.change_class(layer, FusedBatchNormalization)
     if norm == "sw":
         network = whiten(network, images)
     # ResNetBackbone clones its graph when its input is not an Input; the layer's first node is

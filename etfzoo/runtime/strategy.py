@@ -1,13 +1,11 @@
 """Where a run computes: tf.distribute strategies by name, and what workers must agree on."""
 
-import contextlib
 import errno
 import functools
 import glob
 import json
 import logging
 import os
-import signal
 import socket
 import time
 import zlib
@@ -15,8 +13,8 @@ import zlib
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
 
+from etfzoo import internals
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.runtime.strategies import STRATEGIES
 
@@ -203,9 +201,8 @@ def _multiworker_strategy():
         ) from error
     except (ValueError, tf.errors.OpError) as error:
         raise EtfzooError(f"the workers cannot be joined: {_first_line(error)}") from error
-    # Joining takes SIGTERM out of Python's hands, and nobody would hear it until training begins.
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    # Joining has taken SIGTERM out of Python's hands: nobody would hear it until training begins.
+    internals.take_back_sigterm()
     return strategy
 
 
@@ -235,21 +232,12 @@ def _wait_for_chief(resolver, every=20):
 
 
 def _slurm_tf_config() -> str:
-    """The TF_CONFIG of a task of a Slurm job step.
-
-    Not by TensorFlow's resolver: it sorts the hosts, so that node10 comes before node9 and takes
-    its rank, and hands out GPUs, which Slurm has done, and fails where there are none.
-    """
+    """The TF_CONFIG of a task of a Slurm job step."""
     try:
-        hosts = slurm_cluster_resolver.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
-        counts = slurm_cluster_resolver.expand_tasks_per_node(
-            os.environ["SLURM_STEP_TASKS_PER_NODE"]
+        tasks = internals.slurm_tasks(
+            os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
         )
-        workers = [
-            f"{host}:{_SLURM_PORT + i}"
-            for host, count in zip(hosts, counts, strict=True)
-            for i in range(count)
-        ]
+        workers = [f"{host}:{_SLURM_PORT + i}" for host, count in tasks for i in range(count)]
         index = int(os.environ["SLURM_PROCID"])
     except (KeyError, ValueError) as error:
         raise EtfzooError(

@@ -5,6 +5,7 @@ The cache is the folder of the environment variable `ETFZOO_HOME`, by default `~
     <name>/<version>/            models of the index, and what the user puts there
     urls/<host_path>-<hash>/     models of an address
     .../.download-<version>/     a download that goes on, or that can be resumed
+    .locks/                      an empty file for each download that there was
 
 Every file is checked against a size and a sha256: those of the index for its models; for an
 address those of its own `assets.extra/files.json`, which the handle can pin in turn:
@@ -26,15 +27,12 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import filelock
+
 from etfzoo import files
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress, notify
 from etfzoo.zoo import download, manifest
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes must not download the same model at once
-    fcntl = None
 
 _METADATA = "assets.extra/etfzoo.json"
 
@@ -177,10 +175,9 @@ def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
             f"{fault or f'{what} is not in {target}'}, and ETFZOO_OFFLINE forbids to download it: "
             "unset ETFZOO_OFFLINE, or copy the folder there"
         )
-    temporary = target.parent / f".download-{target.name}"
     if fault:
         notify("%s: downloading it again", fault)
-    with _locked(temporary):
+    with _locked(target) as temporary:
         if _fault(target, check) is None:  # another process was faster
             shutil.rmtree(temporary / "files", ignore_errors=True)
             return target
@@ -281,53 +278,30 @@ def _is_download(target, listing):
 
 
 @contextlib.contextmanager
-def _locked(folder):
-    """The folder, made if needed, for this process alone; one that was killed holds nothing.
+def _locked(target):
+    """The folder in which `target` is downloaded, for this process alone.
 
-    Another process that wants it waits. At the end the folder goes, unless files are left in it.
+    Another process that wants it waits; one that was killed holds nothing. At the end the folder
+    goes, unless files are left in it. The file of the lock is elsewhere and stays: who removes one
+    lets another process in beside the one that waits for it.
     """
-    lock = folder / "lock"
-    while True:
-        files.make_directory(folder)
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # the process before has just removed the folder
-        except OSError as e:
-            raise EtfzooError(f"cannot write {folder}: {e.strerror or e}") from e
-        try:
-            _flock(descriptor, folder)
-            if not _is_same_file(descriptor, lock):
-                continue
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    lock.unlink()
-                    folder.rmdir()
-                    folder.parent.rmdir()
-            return
-        finally:
-            os.close(descriptor)
-
-
-def _flock(descriptor, folder):
-    if fcntl is None:
-        return
+    path = files.make_directory(home() / ".locks") / f"{target.parent.name}@{target.name}"
+    lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notify("another process downloads into %s: waiting for it", folder.parent)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            notify("another process downloads into %s: waiting for it", target.parent)
+            lock.acquire()
     except OSError as e:
         # A file system without locks, as on some clusters: one process at a time works there too.
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise
-
-
-def _is_same_file(descriptor, path):
+            raise EtfzooError(f"cannot write {path}: {e.strerror or e}") from e
+    folder = target.parent / f".download-{target.name}"
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+        yield files.make_directory(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+        lock.release()

@@ -23,12 +23,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import files
+from etfzoo import files, internals
 from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
 from etfzoo.version import __version__
 from etfzoo.zoo import card, manifest, saved_model
-from etfzoo.zoo.saved_model import KEY_PREFIX, KEY_SUFFIX
 
 FORMAT = 1
 METADATA = "assets.extra/etfzoo.json"
@@ -196,15 +195,11 @@ def read_weights(folder) -> dict[str, np.ndarray]:
     Raises:
         EtfzooError: missing, truncated or damaged files; names them.
     """
-    prefix = Path(folder) / "variables" / "variables"
     try:
-        reader = tf.train.load_checkpoint(str(prefix))
-        return {
-            saved_model.unescape(key[len(KEY_PREFIX) : -len(KEY_SUFFIX)]): reader.get_tensor(key)
-            for key in reader.get_variable_to_shape_map()
-            if key.startswith(KEY_PREFIX) and key.endswith(KEY_SUFFIX)
-        }
+        arrays = internals.read_saved_dict(folder, "weights")
+        return {saved_model.unescape(key): array for key, array in arrays.items()}
     except (tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError) as e:
+        prefix = Path(folder) / "variables" / "variables"
         raise EtfzooError(
             f"the weights in {prefix}.* are damaged or incomplete: {first_line(e)}"
         ) from e

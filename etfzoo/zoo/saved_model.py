@@ -11,13 +11,11 @@ their batch norm folded in, and float32 copies of what is stored as float16.
 
 import dataclasses
 import logging
-import uuid
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.framework import tensor_pb2
-from tensorflow.core.protobuf import saved_model_pb2
 
+from etfzoo import internals
 from etfzoo.data import augment
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models import folding
@@ -27,9 +25,6 @@ TOP_K = 5
 STORAGES = ("float32", "float16")
 # Less than what public hosts of git repositories take as one file.
 SHARD_BYTES = 90 * 10**6
-
-KEY_PREFIX = "weights/"
-KEY_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 def save(model: ImageClassifier, folder, storage: str = "float32") -> None:
@@ -52,7 +47,7 @@ def save(model: ImageClassifier, folder, storage: str = "float32") -> None:
     module.served = inference.tracked
     module.__call__ = _callable(model, stored, inference)
     # The one line that TensorFlow logs here names the temporary folder.
-    log = logging.getLogger("tensorflow")
+    log = tf.get_logger()
     level = log.level
     log.setLevel(logging.WARNING)
     try:
@@ -60,30 +55,14 @@ def save(model: ImageClassifier, folder, storage: str = "float32") -> None:
         sharding = tf.train.experimental.MaxShardSizePolicy(max_shard_size=SHARD_BYTES)
         options = tf.saved_model.SaveOptions(experimental_sharding_callback=sharding)
         tf.saved_model.save(module, str(folder), signatures=signatures, options=options)
-        _drop_shapes(folder)
+        internals.remove_output_shapes(folder)
     finally:
         log.setLevel(level)
     requests = folder / "assets.extra" / "tf_serving_warmup_requests"
     requests.parent.mkdir()
     with tf.io.TFRecordWriter(str(requests)) as writer:
         for name, signature in signatures.items():
-            writer.write(_warm_up(name, *signature.input_signature))
-
-
-def _drop_shapes(folder):
-    """Removes the shape of each node's outputs from the graphs: an eighth of them.
-
-    They are inferred where they are not given.
-    """
-    path = folder / "saved_model.pb"
-    content = saved_model_pb2.SavedModel.FromString(path.read_bytes())
-    for meta_graph in content.meta_graphs:
-        graph = meta_graph.graph_def
-        for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
-            for node in nodes:
-                node.attr.pop("_output_shapes", None)
-    path.write_bytes(content.SerializeToString(deterministic=True))
-    (folder / "fingerprint.pb").unlink()  # optional, and of the file before
+            writer.write(_warm_up(name, signature))
 
 
 def stored_dtype(path: str, dtype: str, storage: str) -> str:
@@ -197,8 +176,8 @@ class _Inference:
             for path in self._paths
             if path.rpartition("/")[0] in biased or stored[path].dtype != tf.float32
         ]
-        self._derived = {path: _derived_variable(shapes[path]) for path in derived}
-        self.tracked = [_Initializer(self._initialize), *self._derived.values()]
+        self._derived = {p: internals.variable_without_value(shapes[p]) for p in derived}
+        self.tracked = [internals.run_on_load(self._initialize), *self._derived.values()]
 
         def run_on_derived(images):
             variables = stored | self._derived
@@ -221,38 +200,6 @@ class _Inference:
 def _read(variable, dtype=tf.float32):
     """The value, read here: in a layer the operation would get a long name, for each variable."""
     return tf.cast(tf.convert_to_tensor(variable), dtype)
-
-
-def _derived_variable(shape):
-    """A float32 variable that a SavedModel has without storing a value of it."""
-    variable = tf.Variable(tf.zeros(shape), trainable=False)
-    export = variable._export_to_saved_model_graph
-
-    def export_without_value(object_map, *args, **kwargs):
-        tensors = export(object_map, *args, **kwargs)
-        object_map[variable]._serialize_to_tensors = dict
-        return tensors
-
-    # What TensorFlow asks any trackable object for: nothing to write here, nor in the graph of the
-    # SavedModel, which has a variable of its own.
-    variable._serialize_to_tensors = dict
-    variable._export_to_saved_model_graph = export_without_value
-    return variable
-
-
-class _Initializer(tf.saved_model.experimental.TrackableResource):
-    """Runs a function when a SavedModel has been loaded. (Only a resource can ask for that.)"""
-
-    def __init__(self, function):
-        super().__init__()
-        self._function = function
-        self._name = f"initializer_{uuid.uuid4().hex}"
-
-    def _create_resource(self):
-        return tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[], shared_name=self._name)
-
-    def _initialize(self):
-        self._function()
 
 
 def _signatures(spec, forward):
@@ -326,28 +273,12 @@ def _images_spec(spec):
     return tf.TensorSpec([None, *spec.input_shape], tf.float32, name="images")
 
 
-def _warm_up(signature, argument) -> bytes:
-    """A serialized tensorflow.serving.PredictionLog: TF Serving runs it before it is ready."""
+def _warm_up(name, signature) -> bytes:
+    """The smallest request of a signature: TF Serving runs it before it is ready."""
+    (argument,) = signature.input_signature
     shape = [1, *(224 if n is None else n for n in argument.shape[1:])]
-    proto = tensor_pb2.TensorProto(
-        dtype=argument.dtype.as_datatype_enum, tensor_shape=tf.TensorShape(shape).as_proto()
-    )
+    value = 0.0  # fills the tensor
     if argument.dtype == tf.string:
-        proto.string_val.append(tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy())
-    else:
-        proto.float_val.append(0.0)  # fills the tensor
-    entry = _field(1, argument.name.encode()) + _field(2, proto.SerializeToString())
-    request = _field(1, _field(3, signature.encode())) + _field(2, entry)  # PredictRequest
-    return _field(6, _field(1, request))  # PredictionLog.predict_log.request
-
-
-def _field(number, content: bytes) -> bytes:
-    """A length-delimited field of a protocol buffer.
-
-    By hand, as the classes of tensorflow-serving-api are no dependency.
-    """
-    length, digits = len(content), []
-    while length > 127:
-        digits.append(length & 127 | 128)
-        length >>= 7
-    return bytes([number << 3 | 2, *digits, length]) + content
+        value = tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy()
+    proto = tf.make_tensor_proto(value, argument.dtype, shape)
+    return internals.prediction_log(name, {argument.name: proto})

@@ -1,5 +1,6 @@
 """Tests of downloads: real HTTP on this machine, well-behaved and not."""
 
+import errno
 import hashlib
 import json
 import os
@@ -413,6 +414,27 @@ def test_two_processes_at_once(site):
     assert leftovers() == []
     assert site.paths().count(site.data) == 1
     assert sum("waiting for it" in err for _, err in outputs) == 1
+
+
+def test_a_file_system_without_locks(site, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+    assert leftovers() == []
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(site, tmp_path):
+    folder = cache.fetch_url(site.version)
+    (lock,) = (cache.home() / ".locks").iterdir()
+    lock.unlink()
+    os.symlink(tmp_path / "elsewhere", lock)
+    (folder / DATA).write_bytes(b"x")
+    assert f"cannot write {lock}" in one_line(cache.fetch_url, site.version)
+    assert not (tmp_path / "elsewhere").exists() and leftovers() == []
 
 
 def test_tensorflows_file_systems(site, monkeypatch):

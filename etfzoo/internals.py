@@ -1,0 +1,259 @@
+"""The one address of what reaches past the public names of TensorFlow, Keras and Python.
+
+Each function says what it touches and why there is no public way. `tests/internals_test.py` tests
+them by their effect, so far with TensorFlow 2.21.0 and Keras 3.15.1: try new versions with it.
+
+Every room may use this module: it imports TensorFlow and Keras only where a function needs them.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+# TensorFlow: SavedModels.
+
+
+def variable_without_value(shape):
+    """A float32 tf.Variable that a SavedModel has without storing a value of it.
+
+    Something has to assign it when the SavedModel is loaded, see `run_on_load`.
+
+    Overrides two methods that TensorFlow asks of every trackable object, of one object here:
+    `_serialize_to_tensors` gives nothing to write, and `_export_to_saved_model_graph` makes another
+    variable for the graph of the SavedModel, which has nothing to write either. All that a public
+    tf.saved_model.experimental.TrackableResource could hold goes by one name in all copies of a
+    SavedModel that a process loads, so that they would share their values.
+    """
+    import tensorflow as tf
+
+    variable = tf.Variable(tf.zeros(shape), trainable=False)
+    export = variable._export_to_saved_model_graph
+
+    def export_without_value(object_map, *args, **kwargs):
+        tensors = export(object_map, *args, **kwargs)
+        object_map[variable]._serialize_to_tensors = dict
+        return tensors
+
+    variable._serialize_to_tensors = dict
+    variable._export_to_saved_model_graph = export_without_value
+    return variable
+
+
+def run_on_load(function):
+    """A trackable object that runs a function when the SavedModel that has it has been loaded.
+
+    The methods of tf.saved_model.experimental.TrackableResource are public; that the resource holds
+    nothing and is made only for its `_initialize` is not what they are meant for. TensorFlow has no
+    other hook that loading runs, in Python as in TF Serving.
+
+    Args:
+        function: without arguments; it is traced when the SavedModel is written.
+    """
+    import tensorflow as tf
+
+    name = f"initializer_{uuid.uuid4().hex}"
+
+    class Initializer(tf.saved_model.experimental.TrackableResource):
+        def _create_resource(self):
+            return tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[], shared_name=name)
+
+        def _initialize(self):
+            function()
+
+    return Initializer()
+
+
+def remove_output_shapes(folder) -> None:
+    """Removes the shape of each node's outputs from a SavedModel: an eighth of the graphs here.
+
+    They are inferred where they are not given. TensorFlow always writes them, as the attribute
+    `_output_shapes`, and exports no class for the file. fingerprint.pb, which is optional, goes as
+    well, as it is that of the file before.
+
+    Args:
+        folder: of the SavedModel, a path.
+    """
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    path = Path(folder, "saved_model.pb")
+    content = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    for meta_graph in content.meta_graphs:
+        graph = meta_graph.graph_def
+        for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
+            for node in nodes:
+                node.attr.pop("_output_shapes", None)
+    path.write_bytes(content.SerializeToString(deterministic=True))
+    Path(folder, "fingerprint.pb").unlink()
+
+
+def read_saved_dict(folder, attribute: str) -> dict:
+    """The variables of a SavedModel that are in a dict of the saved object; nothing of it is run.
+
+    Builds on the keys of TensorFlow's checkpoints, `<attribute>/<key>/.ATTRIBUTES/VARIABLE_VALUE`,
+    because the public way to restore by name needs the objects, and so the SavedModel loaded.
+
+    Args:
+        folder: of the SavedModel.
+        attribute: name of the dict. Its keys have neither `/` nor `.`, which TensorFlow escapes.
+
+    Returns:
+        NumPy arrays by key of the dict.
+
+    Raises:
+        tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError: missing, truncated or
+            damaged files.
+    """
+    import tensorflow as tf
+
+    prefix, suffix = f"{attribute}/", "/.ATTRIBUTES/VARIABLE_VALUE"
+    reader = tf.train.load_checkpoint(str(Path(folder, "variables", "variables")))
+    return {
+        key[len(prefix) : -len(suffix)]: reader.get_tensor(key)
+        for key in reader.get_variable_to_shape_map()
+        if key.startswith(prefix) and key.endswith(suffix)
+    }
+
+
+def prediction_log(signature: str, inputs: dict) -> bytes:
+    """A serialized tensorflow.serving.PredictionLog of one request, for TF Serving's warm-up.
+
+    Written by hand, as the classes of tensorflow-serving-api are no dependency: with its own it
+    would bring `tensorflow` to where `tensorflow-cpu` is.
+
+    Args:
+        signature: name of the signature that is asked.
+        inputs: a TensorProto (tf.make_tensor_proto) by name of its argument.
+    """
+    request = _field(1, _field(3, signature.encode()))  # PredictRequest.model_spec.signature_name
+    for name, proto in inputs.items():
+        entry = _field(1, name.encode()) + _field(2, proto.SerializeToString())
+        request += _field(2, entry)  # PredictRequest.inputs
+    return _field(6, _field(1, request))  # PredictionLog.predict_log.request
+
+
+def _field(number, content: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer."""
+    length, digits = len(content), []
+    while length > 127:
+        digits.append(length & 127 | 128)
+        length >>= 7
+    return bytes([number << 3 | 2, *digits, length]) + content
+
+
+# TensorFlow: graphs and clusters.
+
+
+def xla_compiles() -> bool:
+    """Whether XLA compiles what TensorFlow is tracing here, or may choose to.
+
+    What `jit_compile=True` says of a graph only `tensorflow.python` can tell; TF_XLA_FLAGS is read
+    by TensorFlow's C++ alone. The global switch, tf.config.optimizer.get_jit, is public.
+    """
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    return bool(
+        control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+        or tf.config.optimizer.get_jit()
+        or "tf_xla_auto_jit" in os.environ.get("TF_XLA_FLAGS", "")
+    )
+
+
+def slurm_tasks(nodes: str, tasks_per_node: str) -> list[tuple[str, int]]:
+    """The hosts of a Slurm job step in Slurm's order, and the number of tasks of each.
+
+    By two functions of `tensorflow.python`, because the public SlurmClusterResolver sorts the
+    hosts, so that node10 comes before node9 and takes its rank, and hands out GPUs, which Slurm has
+    done, and fails where there are none.
+
+    Args:
+        nodes: SLURM_STEP_NODELIST, e.g. `node[9-10],login`.
+        tasks_per_node: SLURM_STEP_TASKS_PER_NODE, e.g. `1(x2),2`.
+
+    Raises:
+        ValueError: one of them cannot be read, or they do not fit each other.
+    """
+    from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver as slurm
+
+    counts = slurm.expand_tasks_per_node(tasks_per_node)
+    return list(zip(slurm.expand_hostlist(nodes), counts, strict=True))
+
+
+# Keras.
+
+
+def change_class(layer, kind) -> None:
+    """Makes a layer one of a subclass, with the weights and the places in graphs that it has.
+
+    Assigns `__class__`, so that the subclass must have the same state. The public way,
+    keras.models.clone_model, would make every weight of the network anew, from other random draws.
+
+    Raises:
+        TypeError: `kind` is no subclass of the layer's class.
+    """
+    if not issubclass(kind, type(layer)):
+        raise TypeError(f"{kind} is no subclass of {type(layer)}")
+    layer.__class__ = kind
+
+
+def share_weight_files(kind) -> None:
+    """Lets weight files of models with a subclass of a layer and with its base fit each other.
+
+    Keras's files address layers by the `__name__` of their classes, and no public name stands for
+    it: so the subclass takes that of its base.
+    """
+    kind.__name__ = kind.__base__.__name__
+
+
+# Processes.
+
+
+def import_quietly(name: str) -> None:
+    """Imports a module, and shows what was written to the standard error only when that fails.
+
+    TensorFlow's libraries write notices to file descriptor 2 while they load, before any switch of
+    TensorFlow counts: so the descriptor is a file meanwhile.
+
+    Raises:
+        ImportError: or whatever the import raises.
+    """
+    with tempfile.TemporaryFile() as notices:
+        saved = os.dup(2)
+        os.dup2(notices.fileno(), 2)
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            os.dup2(saved, 2)
+            notices.seek(0)
+            sys.stderr.write(notices.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def take_back_sigterm() -> None:
+    """Gives SIGTERM back to Python's handler where a library has taken it for itself.
+
+    TensorFlow's C++ does when several workers join (its preemption notifier), without a switch
+    against it. Setting the handler that Python believes in makes the system call again.
+    """
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def end_with_parent() -> None:
+    """Lets this process get SIGTERM when its parent ends, also where it is killed. Linux only.
+
+    A `preexec_fn` of subprocess.Popen. Python has no name for the system call: it goes through
+    libc, which is opened beforehand, as little may be done between fork and exec.
+    """
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -486,7 +486,7 @@ def trained(embedded_dir, tmp_path_factory):
         "digits", data_dir=str(embedded_dir), train_split="fit", eval_split="select",
         backbone="rn18", feature_norm="bn", scale=3.0, mean=(120.0,) * 3, std=(60.0,) * 3,
         image_size=16, crop=1.0, augment="shift", flip=True, epochs=3, batch_size=40, seed=3,
-        learning_rate=0.002, warmup_epochs=1.0, momentum=0.8, nesterov=True, weight_decay=0.02,
+        learning_rate=0.0002, warmup_epochs=1.0, momentum=0.8, nesterov=True, weight_decay=0.5,
         decay_all=True, label_smoothing=0.2, eval_every=2, keep_checkpoints=1,
     )  # fmt: skip
     workdir = Workdir(tmp_path_factory.mktemp("trained"))
@@ -516,9 +516,9 @@ def by_hand(source):
                 loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits))
             gradients = tape.gradient(loss, [v.value for v in variables])
             # A warm-up of 2 steps, then a cosine over the other 4.
-            rate = 0.002 * (t / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 4)))
+            rate = 0.0002 * (t / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 4)))
             for i, (v, g) in enumerate(zip(variables, gradients, strict=True)):
-                step = rate * (g.numpy() + 0.02 * np.array(v.value))
+                step = rate * (g.numpy() + 0.5 * np.array(v.value))
                 velocity[i] = 0.8 * velocity[i] - step
                 v.assign_add(0.8 * velocity[i] - step)
             losses.append(float(loss))

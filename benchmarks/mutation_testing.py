@@ -19,18 +19,21 @@ import argparse
 import ast
 import copy
 import dataclasses
+import fcntl
+import importlib
 import json
 import os
 import random
 import re
-import resource
-import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_suffix(".json")
@@ -257,25 +260,54 @@ def tests_of(file) -> list[str]:
 
 
 class Checkout:
-    """A copy of the checkout in which tests run."""
+    """A copy of the checkout in which tests run.
 
-    def __init__(self, folder, under, limit):
-        self.folder, self.under, self.limit = Path(folder) / "checkout", under, limit
+    Args:
+        folder: where it is made.
+        limit: seconds of a run of tests.
+        lock: path of a file that is locked meanwhile, or None.
+    """
+
+    def __init__(self, folder, limit, lock=None):
+        self.folder, self.limit, self.lock = Path(folder) / "checkout", limit, lock
+        self.output = Path(folder) / "output.txt"
         shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
 
     def pytest(self, tests, *options):
-        """Exit code (124: out of time), output and CPU seconds."""
-        command = ["timeout", "--kill-after=20", str(self.limit), sys.executable, "-B"]
-        command += ["-m", "pytest", "-q", "--tb=no", "-rfE", "-m", "not slow", *options]
-        command += ["-p", "no:cacheprovider", "-p", "no:randomly", *tests]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [*self.under, *command], cwd=self.folder, capture_output=True, text=True,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": "."},
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return done.returncode, done.stdout + done.stderr, seconds
+        """Exit code (None: no end in time), output and CPU seconds."""
+        arguments = ["-q", "--tb=no", "-rfE", "-m", "not slow", "-p", "no:cacheprovider"]
+        with open(self.lock or self.output, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # A process of its own, with TensorFlow as it was imported here: that takes seconds.
+            process = os.fork()
+            if not process:
+                self._child([*arguments, *options, *tests])
+            end = time.monotonic() + self.limit
+            while not (done := os.wait4(process, os.WNOHANG))[0]:
+                if time.monotonic() > end:
+                    os.killpg(process, signal.SIGKILL)
+                    done = os.wait4(process, 0)
+                    break
+                time.sleep(0.1)
+        _, status, usage = done
+        code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+        return code, self.output.read_text("utf-8"), usage.ru_utime + usage.ru_stime
+
+    def _child(self, arguments):
+        os.setsid()
+        os.chdir(self.folder)
+        output = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        sys.dont_write_bytecode = True  # of the same size and second, an old one would count
+        os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(self.folder)}
+        sys.path[0] = str(self.folder)
+        code = 3  # pytest's, of an internal error
+        try:
+            code = int(pytest.main(arguments))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
 
     def outcome(self, mutation, tests) -> dict:
         """What the tests say of a mutation; `tests` None are those of its file."""
@@ -289,7 +321,7 @@ class Checkout:
         caught = re.findall(r"^(?:FAILED|ERROR) (\S+?::\S+|\S+)", output, re.M)
         if code == 0:
             outcome = "SURVIVED"
-        elif code in (124, 137):
+        elif code is None:
             outcome = "NO END"
         elif caught:
             outcome = "caught"
@@ -342,7 +374,7 @@ def main():
     parser.add_argument("--tests", help="paths of tests, with commas (default: see above)")
     parser.add_argument("--limit", type=int, default=900, help="seconds for a mutation's tests")
     parser.add_argument("--again", action="store_true", help="try those that survived once more")
-    parser.add_argument("--under", default="", help="command that each pytest is started by")
+    parser.add_argument("--lock", help="file that is locked while the tests of a mutation run")
     parser.add_argument("--output", type=Path, default=LIST.with_suffix(".log"))
     args = parser.parse_args()
     known = json.loads(LIST.read_text("utf-8"))
@@ -353,8 +385,11 @@ def main():
         mutations = drawn(only, args.count, args.seed, known["equivalent"])
     journal = args.output.with_suffix(".jsonl")
     rows = read_rows(journal)
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    for module in ("tensorflow", "keras", "sklearn.linear_model", "matplotlib.figure"):
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
-        checkout = Checkout(folder, shlex.split(args.under), args.limit)
+        checkout = Checkout(folder, args.limit, args.lock)
         for number, mutation in enumerate(mutations, 1):
             row = rows.get(mutation.key)
             if row is None or args.again and row["outcome"] != "caught":

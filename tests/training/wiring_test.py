@@ -353,6 +353,21 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
     assert not {"build_classifier", "initialize"} & set(calls)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_corrupt_images_are_looked_for_once_where_there_is_a_workdir(tmp_path, monkeypatch, kept):
+    calls = Calls()
+    found = calls.spy("find_corrupt", build.find_corrupt, lambda a: {7: "seven.png", 9: "x.png"})
+    monkeypatch.setattr(build, "find_corrupt", found)
+    monkeypatch.setattr(build, "Pipeline", lambda *args: Images(calls, *args[2:3], args[7]))
+    config, workdir = TrainConfig(**CHANGED), Workdir(tmp_path) if kept else None
+    for _ in range(2):
+        pipeline = build.make_pipeline(config, PICTURES, network(calls), workdir)
+        assert pipeline.corrupt == (7, 9)
+    assert calls.all("find_corrupt", "splits") == [("fit", "select")] * (1 if kept else 2)
+    if kept:
+        assert json.loads(workdir.corrupt.read_text()) == {"7": "seven.png", "9": "x.png"}
+
+
 # Selection: what is fitted on what, and compared by what.
 
 
@@ -477,7 +492,7 @@ def test_a_probe_picks_its_strength_on_the_selection_split(frozen, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def trained(embedded_dir, tmp_path_factory):
-    """Configuration, workdir, result and data of a run of 3 epochs of 2 steps."""
+    """Workdir, result and data of a run of 3 epochs of a step: rounding grows from step to step."""
     row = dataclasses.replace(
         DATASETS["digits"], train="train[:20%]", fit="train[20%:65%]", select="validation[:30%]",
         test="test[:10%]", metric="mean_per_class",
@@ -485,7 +500,7 @@ def trained(embedded_dir, tmp_path_factory):
     config = TrainConfig(
         "digits", data_dir=str(embedded_dir), train_split="fit", eval_split="select",
         backbone="rn18", feature_norm="bn", scale=3.0, mean=(120.0,) * 3, std=(60.0,) * 3,
-        image_size=16, crop=1.0, augment="shift", flip=True, epochs=3, batch_size=40, seed=3,
+        image_size=16, crop=1.0, augment="shift", flip=True, epochs=3, batch_size=80, seed=3,
         learning_rate=0.0002, warmup_epochs=1.0, momentum=0.8, nesterov=True, weight_decay=0.5,
         decay_all=True, label_smoothing=0.2, eval_every=2, keep_checkpoints=1,
     )  # fmt: skip
@@ -503,33 +518,30 @@ def by_hand(source):
         "rn18", 10, "etf", "bn", (16, 16, 3), feature_norm="bn", scale=3.0, seed=3,
         mean=(120.0,) * 3, std=(60.0,) * 3, crop=1.0,
     )  # fmt: skip
-    images = Pipeline(source, 16, 16, 1.0, 40, Augmentation("shift", flip=True), seed=3)
+    images = Pipeline(source, 16, 16, 1.0, 80, Augmentation("shift", flip=True), seed=3)
     start = [np.array(v.value) for v in model.variables]
     variables = model.trainable_variables
     velocity = [np.zeros(v.shape, np.float32) for v in variables]
-    losses, t = [], 0
-    for epoch in range(3):
-        for pixels, labels in images.training("fit", epoch):
-            target = 0.8 * np.eye(10)[labels] + 0.02
-            with tf.GradientTape() as tape:
-                logits = model(pixels, training=True)
-                loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits))
-            gradients = tape.gradient(loss, [v.value for v in variables])
-            # A warm-up of 2 steps, then a cosine over the other 4.
-            rate = 0.0002 * (t / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 4)))
-            for i, (v, g) in enumerate(zip(variables, gradients, strict=True)):
-                step = rate * (g.numpy() + 0.5 * np.array(v.value))
-                velocity[i] = 0.8 * velocity[i] - step
-                v.assign_add(0.8 * velocity[i] - step)
-            losses.append(float(loss))
-            t += 1
+    losses = []
+    for epoch, rate in enumerate((0.0, 0.0002, 0.0001)):  # a warm-up, then a cosine of two steps
+        ((pixels, labels),) = images.training("fit", epoch)
+        target = 0.8 * np.eye(10)[labels] + 0.02
+        with tf.GradientTape() as tape:
+            logits = model(pixels, training=True)
+            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, logits))
+        gradients = tape.gradient(loss, [v.value for v in variables])
+        for i, (v, g) in enumerate(zip(variables, gradients, strict=True)):
+            step = rate * (g.numpy() + 0.5 * np.array(v.value))
+            velocity[i] = 0.8 * velocity[i] - step
+            v.assign_add(0.8 * velocity[i] - step)
+        losses.append(float(loss))
     logits, labels = (
         np.concatenate(part)
         for part in zip(
             *((model(x, training=False), y) for x, y in images.evaluation("select")), strict=True
         )
     )
-    return start, model, np.reshape(losses, (3, 2)).mean(1), logits, labels
+    return start, model, losses, logits, labels
 
 
 def test_a_run_is_the_training_written_out(trained):
@@ -537,11 +549,11 @@ def test_a_run_is_the_training_written_out(trained):
     start, model, losses, logits, labels = by_hand(source)
     rows = workdir.history()
     assert [row["epoch"] for row in rows if "top1" in row] == [2, 3] and rows[-1] == result
-    np.testing.assert_allclose([row["train_loss"] for row in rows], losses, rtol=2e-4)
+    np.testing.assert_allclose([row["train_loss"] for row in rows], losses, rtol=1e-5)
     there = load_model(workdir)
     for found, wanted, first in zip(there.variables, model.variables, start, strict=True):
         way = np.abs(wanted.value - first).max()
-        np.testing.assert_allclose(found.value, wanted.value, rtol=0, atol=0.01 * way + 1e-7)
+        np.testing.assert_allclose(found.value, wanted.value, rtol=0, atol=0.02 * way + 1e-7)
     np.testing.assert_array_equal(
         there.get_layer("logits").kernel, model.get_layer("logits").kernel
     )
@@ -549,4 +561,4 @@ def test_a_run_is_the_training_written_out(trained):
     assert result["top1"] == pytest.approx(np.mean(logits.argmax(1) == labels), abs=1.01 / 90)
     p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     loss = -(0.8 * p[np.arange(len(labels)), labels] + 0.02 * p.sum(1)).mean()
-    assert result["loss"] == pytest.approx(loss, rel=2e-3)
+    assert result["loss"] == pytest.approx(loss, rel=1e-4)

@@ -23,10 +23,10 @@ def page(tmp_path):
         tmp_path / "index.html",
         "A <b> & 'c'",
         [
-            ("Text <1>", "5 < 6 & <script>alert(1)</script>"),
-            ("Table", [["name", "top-1 <%>"], ["<i>x</i>", 61.5], ["y", None]]),
+            ("Text <u>", "5 < 6 & <script>alert(1)</script>"),
+            ("Table", [["name", "top-1 <u>"], ["<i>x</i>", 61.5], ["y", None]]),
             ("Figure", figure()),
-            ("Commands", ("python a.py --x='<1>'", "python b.py")),
+            ("Commands", ("python a.py --x='<u>'", "python b.py")),
         ],
     )
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
@@ -37,15 +37,15 @@ def test_page_is_well_formed(page):
     assert page.open == []
     assert ("html", {"lang": "en"}) in page.tags and ("meta", {"charset": "utf-8"}) in page.tags
     assert page.texts("title") == page.texts("h1") == ["A <b> & 'c'"]
-    assert page.texts("h2") == ["Text <1>", "Table", "Figure", "Commands"]
+    assert page.texts("h2") == ["Text <u>", "Table", "Figure", "Commands"]
 
 
 def test_page_escapes_what_it_is_given(page):
-    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    assert not {"script", "b", "i", "u"} & {tag for tag, _ in page.tags}
     assert page.texts("p") == ["5 < 6 & <script>alert(1)</script>"]
-    assert page.texts("th") == ["name", "top-1 <%>"]
+    assert page.texts("th") == ["name", "top-1 <u>"]
     assert page.texts("td") == ["<i>x</i>", "61.5", "y", "None"]
-    assert page.texts("pre") == ["python a.py --x='<1>'\npython b.py"]
+    assert page.texts("pre") == ["python a.py --x='<u>'\npython b.py"]
 
 
 def test_page_is_self_contained(page):
@@ -58,27 +58,29 @@ def test_page_is_self_contained(page):
 
 
 def test_blocks_of_a_report(tmp_path):
-    links = html.Cell("61", "60 to 62", "2 seeds", [("seed 0:", html.Link("a&b", 'x"/y.json'))])
-    rows = [["name", "one", "two"], [html.Link("<i>", "z"), links, html.Cell("5")]]
+    links = [("<u> 0:", html.Link("a&b", 'x"/y.json'))]
+    links = html.Cell("<u>61", "<u>60 to 62", "<u>2 seeds", links)
+    rows = [["<u>name", "one", "two"], [html.Link("<i>", "z"), links, html.Cell("5")]]
     sections = [
-        ("Head", html.Table("Cap <1>", rows, [("", 1), ("group & co", 2)])),
-        (None, html.Gallery("Pictures", [(figure(), "alt <1>"), (figure(), "alt 2")])),
-        (None, "text"),
+        ("<u>Head", html.Table('Cap "<u>', rows, [("", 1), ("group & <u>", 2)])),
+        (None, html.Gallery("<u>Pictures", [(figure(), 'alt "<u>'), (figure(), "alt 2")])),
+        (None, "<u>text"),
     ]
     html.write(tmp_path / "a.html", "t", sections)
     page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert page.open == [] and page.texts("h2") == ["Head"] and page.texts("p") == ["text"]
-    assert page.texts("figcaption") == ["Cap <1>", "Pictures"]
-    assert page.texts("th") == ["group & co", "name", "one", "two"]
+    assert page.open == [] and page.texts("h2") == ["<u>Head"] and page.texts("p") == ["<u>text"]
+    assert page.texts("figcaption") == ['Cap "<u>', "<u>Pictures"]
+    assert page.texts("th") == ["group & <u>", "<u>name", "one", "two"]
     assert [a["colspan"] for t, a in page.tags if t == "th" and "colspan" in a] == ["1", "2"]
-    assert page.texts("td") == ["61", "5"] and page.texts("small") == ["60 to 62"]
-    assert page.texts("summary") == ["2 seeds"] and page.texts("a") == ["<i>", "a&b"]
+    assert page.texts("td") == ["<u>61", "5"] and page.texts("small") == ["<u>60 to 62"]
+    assert page.texts("details") == ["<u> 0: "]
+    assert page.texts("summary") == ["<u>2 seeds"] and page.texts("a") == ["<i>", "a&b"]
     assert [a["href"] for t, a in page.tags if t == "a"] == ["z", 'x"/y.json']
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert [image["alt"] for image in images] == ["alt <1>", "alt 2"]
+    assert [image["alt"] for image in images] == ['alt "<u>', "alt 2"]
     content = base64.b64decode(images[0]["src"].split(",")[1], validate=True)
     assert abs(Image.open(io.BytesIO(content)).width - 2 * int(images[0]["width"])) <= 1
-    assert ("div", "region") in [(tag, attrs.get("role")) for tag, attrs in page.tags]
+    assert [a["aria-label"] for _, a in page.tags if a.get("role") == "region"] == ['Cap "<u>']
 
 
 def test_text_table():

@@ -116,6 +116,12 @@ for nesterov, decay_all, scaled in ((0, 0, 0), (1, 1, 0), (0, 1, 1)):
         assert float(optimizer.dynamic_scale) == 2.0 ** (15 + 100 // 7)
     assert int(optimizer.iterations) == 100
 
+t.check_norms(
+    lambda model, optimizer: Stepper(model, optimizer, strategy),
+    lambda x, y: distribute(strategy, lambda share: tf.data.Dataset.from_tensors((x, y))),
+    evaluation_step,
+)
+
 x, y = tf.random.stateless_normal((7, 6), (0, 1), dtype=tf.float64), tf.range(7) - 1
 labels, predicted, top5, loss = evaluation_step(model)(x, y % 4)
 assert labels.shape == loss.shape == predicted.shape == (7,) and np.all(top5)

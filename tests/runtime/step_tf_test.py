@@ -39,6 +39,81 @@ def _gradients(kernel, bias, x, y):
     return x.T @ p, p.sum(0)
 
 
+class Replicas:
+    """A strategy of several replicas, of which this process takes the step of one."""
+
+    def __init__(self, count):
+        self.num_replicas_in_sync = count
+
+    def run(self, step, args):
+        return step(*args)
+
+    def reduce(self, how, sums, axis):
+        return sums
+
+
+@pytest.mark.parametrize("replicas, scaled", [(1, True), (2, False), (2, True)])
+def test_a_replica_moves_the_weights_by_its_share(replicas, scaled):
+    """Of gradient and L2 alike, and whatever the loss is multiplied by."""
+    model, (x, y) = _model(), _batches(1)[0]
+    model.layers[-1].bias.assign([1.0, 2.0, 3.0, 4.0])
+    optimizer = keras.optimizers.SGD(RATE, name="sgd")
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    optimizer.build(model.trainable_variables)
+    before = [np.array(v.value) for v in model.trainable_variables]
+    stepper = Stepper(model, optimizer, Replicas(replicas), DECAY, decay_all=True)
+    loss, *_ = stepper.train(iter(tf.data.Dataset.from_tensors((x, y)))).numpy()
+    for variable, w, g in zip(
+        model.trainable_variables, before, _gradients(*before, x, y), strict=True
+    ):
+        moved = -RATE * (g + DECAY * w) / replicas
+        np.testing.assert_allclose(variable.value - w, moved, rtol=1e-5, atol=1e-9)
+    logits = x @ before[0] + before[1]  # the sums are those of its examples, unscaled
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
+    np.testing.assert_allclose(loss, expected.sum(), rtol=1e-6)
+
+
+def check_norms(make_stepper, feed, evaluation_step):
+    """Training takes a batch's statistics and keeps their average, which evaluation takes.
+
+    Args:
+        make_stepper: of a model and an optimizer.
+        feed: `(x, y) ->` an iterator over that batch.
+        evaluation_step: of a backend.
+    """
+    inputs = keras.Input((6,), dtype="float64")
+    norm = keras.layers.BatchNormalization(momentum=0.9, epsilon=0.1, dtype="float64")
+    head = keras.layers.Dense(4, dtype="float64", name="logits")
+    model = keras.Model(inputs, head(norm(inputs)))
+    optimizer = keras.optimizers.SGD(0.0, name="sgd")
+    optimizer.build(model.trainable_variables)
+    (x, y), kernel = _batches(1)[0], np.array(head.kernel)
+    x = 3 * x + np.arange(6)
+
+    def losses(mean, variance):
+        logits = (x - mean) / np.sqrt(variance + 0.1) @ kernel
+        return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
+
+    found = np.asarray(make_stepper(model, optimizer).train(feed(x, y)))[0]
+    np.testing.assert_allclose(found, losses(x.mean(0), x.var(0)).sum(), rtol=1e-5)
+    mean, variance = 0.1 * x.mean(0), 0.9 + 0.1 * x.var(0)
+    np.testing.assert_allclose(norm.moving_mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.moving_variance, variance, rtol=1e-5)
+    *_, found = evaluation_step(model)(tf.constant(x), tf.constant(y, tf.int32))
+    np.testing.assert_allclose(found, losses(mean, variance), rtol=1e-5)
+    np.testing.assert_allclose(norm.moving_mean, mean, rtol=1e-5)
+
+
+def test_norms_in_training_and_evaluation():
+    strategy = tf.distribute.get_strategy()
+    check_norms(
+        lambda model, optimizer: Stepper(model, optimizer, strategy),
+        lambda x, y: iter(tf.data.Dataset.from_tensors((x, y))),
+        evaluation_step,
+    )
+
+
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -200,6 +200,28 @@ def test_redirects_are_followed(site, tmp_path):
         assert len(mirror.requests) == len(listing_of(site.folder))
 
 
+def test_a_login_goes_to_its_own_host_alone(site, tmp_path, monkeypatch):
+    """As that of Hugging Face, whose files lie at another host."""
+    path, sent = "/rn18_etf.x/1/saved_model.pb", []
+
+    def noting(name, fault):
+        def note(handler, content):
+            sent.append((name, handler.headers["Authorization"]))
+            fault(handler, content)
+
+        return [note]
+
+    with http.serve(tmp_path / "site") as other:
+        site.faults[path] = noting("its own", http.redirect("/moved"))
+        site.faults["/moved"] = noting("its own", http.redirect(other.url + path))
+        other.faults[path] = noting("another", http.good)
+        login = {"Authorization": "Bearer secret"}
+        monkeypatch.setattr(download, "_hugging_face", lambda url: (site.url + path, login))
+        content = download.fetch_bytes("hf://owner/repo/saved_model.pb", 10_000)
+    assert content == (site.folder / "saved_model.pb").read_bytes()
+    assert sent == [("its own", "Bearer secret")] * 2 + [("another", None)]
+
+
 def test_never_from_https_to_http(site, tmp_path, monkeypatch):
     """Over real TLS, and without its certificate not at all."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"

@@ -351,6 +351,29 @@ def test_versions(zoo_folder, tmp_path, monkeypatch):
             etfzoo.load(bad)
 
 
+@pytest.mark.parametrize("call", [etfzoo.load, etfzoo.info])
+@pytest.mark.parametrize(
+    "handle", ["home/rn18_x.y/1", "home/rn18_x.y", "rn18_x.y", "rn18_x.y@1", "rn18_x.z"]
+)
+def test_a_copy_that_was_changed_is_refused_wherever_it_lies(
+    zoo_folder, tmp_path, monkeypatch, handle, call
+):
+    """In a file that nothing else reads, by one letter: by its hash alone."""
+    checkout = tmp_path / "checkout"
+    (checkout / "etfzoo").mkdir(parents=True)
+    (checkout / "setup.py").touch()
+    monkeypatch.setattr(load, "_PACKAGE", checkout / "etfzoo")
+    monkeypatch.setenv("ETFZOO_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path / "home/rn18_x.y", checkout / "saved_models/rn18_x.z"):
+        changed = link(zoo_folder / "rn18_linear/3", root / "1") / "README.md"
+        text = changed.read_text()
+        changed.unlink()
+        changed.write_text(text[:-2] + "~" + text[-1:])
+    with pytest.raises(etfzoo.EtfzooError, match="README.md is damaged: its sha256 is not"):
+        call(handle)
+
+
 def test_paths(linear, zoo_folder, monkeypatch):
     assert_same(etfzoo.load(zoo_folder / "rn18_linear"), linear)
     assert_same(etfzoo.load(str(zoo_folder / "rn18_linear" / "3") + "/"), linear)

@@ -1,0 +1,147 @@
+"""What commands hand to the library: every flag of theirs that is no setting of a run."""
+
+import dataclasses
+import importlib
+import types
+
+import pytest
+
+from etfzoo.cli import configs
+from etfzoo.cli.flags import FLAGS, GROUPS
+from etfzoo.experiments import report, runner, sweep
+from etfzoo.training import loop, publish_run, search, transfer
+from etfzoo.training.config import TrainConfig
+
+RESULT = {"top1": 0.5, "top5": 0.7, "mean_per_class": 0.4, "examples": 10}
+SPEC = types.SimpleNamespace(backbone="rn34", norm="sw", mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command in this process; what it calls is written down by `note`."""
+    before, groups = set(FLAGS), {name: list(names) for name, names in GROUPS.items()}
+    called = []
+
+    def note(owner, name, answer=None):
+        def noted(*args, **kwargs):
+            called.append((name, args, kwargs))
+            return answer(*args, **kwargs) if callable(answer) else answer
+
+        monkeypatch.setattr(owner, name, noted)
+
+    def start(command, *arguments):
+        module = importlib.import_module(f"etfzoo.cli.{command}")
+        monkeypatch.setattr(module.app, "run", lambda main, doc: None)
+        module.run()
+        FLAGS(["x", *arguments])
+        module.main()
+        return called
+
+    monkeypatch.setattr(configs, "open_strategy", lambda settings: None)
+    monkeypatch.setattr(
+        "etfzoo.load", lambda handle: types.SimpleNamespace(spec=SPEC), raising=False
+    )
+    start.note = note
+    yield start
+    for name in set(FLAGS) - before:
+        delattr(FLAGS, name)
+    FLAGS.unparse_flags()
+    GROUPS.clear()
+    GROUPS.update(groups)
+
+
+def test_pretrain(run):
+    picked = TrainConfig("digits", learning_rate=0.7)
+    run.note(search, "pick", picked)
+    run.note(loop, "train_and_evaluate", RESULT)
+    (_, given, named), (_, trained, _) = run(
+        "pretrain", "--dataset=digits", "--protocol=small", "--backbone=rn18", "--workdir=w",
+        "--learning_rate=0.3,0.1", "--widen", "--search_epochs=2", "--seed=3",
+    )  # fmt: skip
+    config, *rest = given
+    assert rest == ["w", [0.3, 0.1], (), True, 2] and not named
+    assert (config.learning_rate, config.seed, config.image_size, config.flip) == (
+        0.3,
+        3,
+        64,
+        False,
+    )
+    assert trained == (picked, "w")
+
+
+@pytest.mark.parametrize("mode", ["full", "linear_probe", "knn"])
+def test_finetune(run, mode):
+    run.note(transfer, {"full": "finetune"}.get(mode, mode), RESULT)
+    arguments = [
+        "--model=rn34_sw.mine", "--dataset=cifar10", "--workdir=w", f"--mode={mode}",
+        "--learning_rate=0.3,0.1", "--weight_decay=0,0.001", "--widen", "--feature_cache=kept",
+        "--seed=3",
+    ]  # fmt: skip
+    ((_, (config, *rest), named),) = run("finetune", *arguments)
+    assert (config.init, config.backbone, config.norm) == ("rn34_sw.mine", "rn34", "sw")
+    assert (config.mean, config.std) == (SPEC.mean, SPEC.std)
+    assert (config.learning_rate, config.weight_decay, config.seed) == (0.3, 0.0, 3)
+    assert (config.head, config.protocol, config.epochs) == ("linear", "standard", 50)
+    if mode == "full":
+        assert rest == ["w", [0.3, 0.1], [0.0, 0.001], True] and not named
+    else:
+        assert rest == ["w"] and named == {"feature_cache": "kept"}
+
+
+def test_finetune_without_a_cache_of_features(run):
+    run.note(transfer, "knn", RESULT)
+    ((_, _, named),) = run("finetune", "--model=x", "--mode=knn", "--feature_cache=")
+    assert named == {"feature_cache": None}
+
+
+def test_publish(run, tmp_path):
+    run.note(publish_run, "publish_run", tmp_path)
+    ((_, given, named),) = run(
+        "publish", "--workdir=w", "--name=rn18_etf.x", "--models_dir=m", "--version=7",
+        "--licence=l", "--intended_use=u", "--limits=n", "--storage=float16", "--index=i",
+        "--default", "--data_dir=d",
+    )  # fmt: skip
+    assert given == ("w", "rn18_etf.x", "m", 7)
+    assert named == {
+        "licence": "l", "intended_use": "u", "limits": "n", "storage": "float16",
+        "index_path": "i", "url": None, "default": True, "data_dir": "d",
+    }  # fmt: skip
+
+
+SWEEP = {
+    "root": "w", "source": "digits", "backbones": ("rn18", "rn34"), "methods": ("etf",),
+    "targets": ("dtd", "stl10"), "seeds": (3, 4), "modes": ("knn",), "protocol": "small",
+    "data_dir": "d", "learning_rates": (0.3, 0.1), "source_learning_rates": (0.5, 0.6),
+    "source_search_epochs": 2, "epochs": 11, "batch_size": 12, "finetune_epochs": 13,
+    "finetune_batch_size": 14, "image_size": 48, "eval_every": 5, "mixed_precision": "float16",
+}  # fmt: skip
+
+
+def test_table1(run):
+    """Every argument of a sweep is other than its default."""
+    assert all(f.default != SWEEP[f.name] for f in dataclasses.fields(sweep.Sweep))
+    run.note(runner, "run", [])
+    run.note(report, "write", "report.html")
+    named = {"root": "workdir", "learning_rates": "learning_rate"}
+    named |= {"source_learning_rates": "source_learning_rate"}
+    arguments = [
+        f"--{named.get(name, name)}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for name, v in SWEEP.items()
+    ]
+    (_, (settings, command, jobs, gpus), _), (_, written, _) = run("table1", *arguments, "--jobs=3")
+    assert dataclasses.asdict(settings) == SWEEP
+    assert command.startswith("python recipes/table1.py") and (jobs, gpus) == (3, 0)
+    assert written == ("w",)
+
+
+def test_table1_quick(run, tmp_path):
+    run.note(runner, "run", [])
+    run.note(report, "write", "report.html")
+    (_, (settings, _, jobs, _), _), _ = run(
+        "table1", "--quick", f"--workdir={tmp_path}", "--epochs=5"
+    )
+    assert (settings.source, settings.targets) == ("shapes/source", ("digits",))
+    assert (settings.seeds, settings.backbones, jobs) == ((0, 1), ("rn18",), 2)
+    assert (settings.epochs, settings.finetune_epochs) == (5, 3)  # said, and of the quick ones
+    assert settings.learning_rates == (0.003, 0.01, 0.03)
+    assert settings.data_dir == str(tmp_path / "data") and (tmp_path / "data").is_dir()

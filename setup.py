@@ -71,6 +71,7 @@ setup(
             "grpcio",  # with tensorflow-serving-api, which the Makefile installs by itself
             "import-linter>=2.1",
             "pytest>=8",
+            "pytest-timeout",
             "pytest-xdist",
             "ruff>=0.17,<0.18",  # a newer ruff may format differently
             "setuptools>=64",  # the packaging test builds a wheel with these two

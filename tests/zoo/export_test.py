@@ -1,7 +1,6 @@
 """Tests of the exports: ONNX against ONNX Runtime, .keras files in Keras alone, and the recipe."""
 
 import json
-import subprocess
 import sys
 
 import keras
@@ -12,7 +11,7 @@ import tensorflow as tf
 
 import etfzoo
 from etfzoo.zoo import export as formats
-from testing import CHECKOUT, assert_close, fresh_python, leftovers, small_disk
+from testing import assert_close, fresh_python, leftovers, run_recipe, small_disk
 from testing import make_classifier as make
 from testing import random_pixels as pixels
 
@@ -110,36 +109,25 @@ def test_keras_file_of_another_name(tmp_path):
         formats.export_keras(make(), tmp_path / "model.h5")
 
 
-def export(*flags):
-    return subprocess.run(
-        [sys.executable, "recipes/export.py", *map(str, flags)],
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_recipe(tmp_path):
     model = make()
     version = etfzoo.publish(model, tmp_path / "rn18_etf.x")
-    onnx = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/new/m.onnx")
-    assert onnx.returncode == 0, onnx.stderr
-    assert "ONNX Runtime differs from Keras by" in onnx.stdout
+    flags = f"--model={version}", "--format=onnx", f"--output={tmp_path}/new/m.onnx"
+    assert "ONNX Runtime differs from Keras by" in run_recipe("export", *flags)
     assert_close(run_onnx(tmp_path / "new/m.onnx", pixels())[1], model(pixels()))
+    (tmp_path / "m.onnx").touch()
+    flags = f"--model={version}", "--format=onnx", f"--output={tmp_path}/m.onnx"
+    again = run_recipe("export", *flags, code=2)
+    assert again == f"error: {tmp_path}/m.onnx already exists; choose another --output\n"
+    bad = run_recipe("export", f"--model={version}", "--format=tflite", code=2)
+    assert bad.startswith("error: unknown format 'tflite'")
 
 
 @pytest.mark.slow
-def test_recipe_with_other_flags(tmp_path):
+def test_recipe_stores_halves(tmp_path):
     model = make()
     version = etfzoo.publish(model, tmp_path / "rn18_etf.x")
-    (tmp_path / "m.onnx").touch()
-    again = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/m.onnx")
-    assert again.returncode == 2
-    assert again.stderr == f"error: {tmp_path}/m.onnx already exists; choose another --output\n"
-    half = export(f"--model={version}", "--storage=float16", f"--output={tmp_path}/half")
-    assert half.returncode == 0, half.stderr
+    run_recipe("export", f"--model={version}", "--storage=float16", f"--output={tmp_path}/half")
     served = tf.saved_model.load(str(tmp_path / "half" / "1"))
     logits = served.signatures["serving_default"](images=pixels())["logits"]
     assert_close(logits, model(pixels()), 1e-2)
-    bad = export(f"--model={version}", "--format=tflite")
-    assert bad.returncode == 2 and bad.stderr.startswith("error: unknown format 'tflite'")

@@ -17,6 +17,9 @@ from testing import leftovers, small_disk
 from testing import make_classifier as make
 
 
+pytestmark = pytest.mark.usefixtures("shallow_rn18")
+
+
 @pytest.fixture(scope="module")
 def model():
     return make()

@@ -19,6 +19,9 @@ from testing import make_classifier as make
 from testing import random_pixels as pixels
 
 
+pytestmark = pytest.mark.usefixtures("shallow_rn18")
+
+
 @pytest.fixture(scope="module")
 def model():
     return make()

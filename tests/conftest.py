@@ -1,6 +1,5 @@
 """Settings and fixtures of all tests."""
 
-import dataclasses
 import os
 
 import pytest
@@ -22,13 +21,8 @@ def embedded_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shallow_rn18():
-    """rn18 with 5 of its 8 blocks, for tests of what does not hang on depth: graphs of half size.
+    """See `testing.shallow_rn18`; for all tests of a module."""
+    from testing import shallow_rn18
 
-    Not for tests that compare with another process, which knows the real one.
-    """
-    from etfzoo.models import table
-
-    row = dataclasses.replace(table.BACKBONES["rn18"], blocks=(2, 1, 1, 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(table.BACKBONES, "rn18", row)
+    with shallow_rn18():
         yield

@@ -1,6 +1,7 @@
 """Helpers that several test files share."""
 
 import contextlib
+import dataclasses
 import html.parser
 import importlib
 import io
@@ -158,6 +159,19 @@ def randomize(model, seed=0, fixed=False):
         else:
             v.assign(0.1 * noise)
     return model
+
+
+@contextlib.contextmanager
+def shallow_rn18():
+    """rn18 with 5 of its 8 blocks, for tests of what does not hang on depth: graphs of half size.
+
+    Not for tests that compare with another process, which knows the real one.
+    """
+    from etfzoo.models import table
+
+    row = dataclasses.replace(table.BACKBONES["rn18"], blocks=(2, 1, 1, 1))
+    with mock.patch.dict(table.BACKBONES, rn18=row):
+        yield
 
 
 @contextlib.contextmanager

@@ -419,6 +419,7 @@ assert kinds == {keras.layers.BatchNormalization}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax_backend():
     fresh_python(_JAX, KERAS_BACKEND="jax")

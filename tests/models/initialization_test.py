@@ -130,7 +130,7 @@ np.savez(out, **arrays)
     "backend, norm",
     [
         ("tensorflow", "bn"),
-        ("jax", "sw"),
+        pytest.param("jax", "sw", marks=pytest.mark.slow),
         pytest.param("tensorflow", "sw", marks=pytest.mark.slow),
         pytest.param("jax", "bn", marks=pytest.mark.slow),
     ],

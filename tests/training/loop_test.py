@@ -18,7 +18,6 @@ from etfzoo.runtime import hardware
 from etfzoo.training import loop, search
 from etfzoo.training.config import TrainConfig
 
-
 pytestmark = pytest.mark.usefixtures("shallow_rn18")
 
 

@@ -17,7 +17,6 @@ from etfzoo.models import checkpoint
 from etfzoo.training import transfer
 from etfzoo.training.config import TrainConfig
 
-
 pytestmark = pytest.mark.usefixtures("shallow_rn18")
 
 

@@ -16,7 +16,6 @@ from etfzoo.zoo import manifest, publish, saved_model
 from testing import leftovers, small_disk
 from testing import make_classifier as make
 
-
 pytestmark = pytest.mark.usefixtures("shallow_rn18")
 
 

@@ -18,7 +18,6 @@ from testing import SIDE, assert_close, leftovers
 from testing import make_classifier as make
 from testing import random_pixels as pixels
 
-
 pytestmark = pytest.mark.usefixtures("shallow_rn18")
 
 

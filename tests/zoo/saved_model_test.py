@@ -312,8 +312,8 @@ def test_a_model_that_is_dropped_gives_its_memory_back(version):
     before = load()
     for _ in range(4):
         after = load()
-    # Each holds 45 MB of stored weights and 45 MB of derived ones.
-    assert after - before < 60e6
+    # Each holds 20 MB of stored weights and 20 MB of derived ones.
+    assert after - before < 40e6
 
 
 def test_inference_on_the_stored_weights_has_gradients(version):

@@ -204,13 +204,28 @@ MOMENTS = {
 REGULARISERS = ("--mixup=0.2", "--cutmix=1", "--rand_augment=7", "--ema=0.99")
 
 
+@pytest.fixture(scope="module")
+def long_run(embedded_dir, tmp_path_factory):
+    """A function that gives flags of a run, and the workdir where these went through once."""
+    done = {}
+
+    def flags_and_workdir(regularisers):
+        flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=3",
+                 "--batch_size=20", "--checkpoint_every=3", *regularisers)  # fmt: skip
+        if regularisers not in done:
+            done[regularisers] = tmp_path_factory.mktemp("whole") / "run"
+            _run("pretrain", *flags, f"--workdir={done[regularisers]}")
+        return flags, done[regularisers]
+
+    return flags_and_workdir
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("regularisers", [(), REGULARISERS], ids=["plain", "regularised"])
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_sigkill_and_restart_ends_bit_equal(moment, regularisers, embedded_dir, tmp_path):
-    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=3",
-             "--batch_size=20", "--checkpoint_every=3", *regularisers)  # fmt: skip
-    _run("pretrain", *flags, f"--workdir={tmp_path}/whole")
+@pytest.mark.parametrize(
+    "moment, regularisers", [*((m, ()) for m in MOMENTS), ("inside an epoch", REGULARISERS)]
+)
+def test_sigkill_and_restart_ends_bit_equal(moment, regularisers, long_run, tmp_path):
+    flags, whole = long_run(regularisers)
     killed = tmp_path / "killed"
     process = start_recipe("pretrain", *flags, f"--workdir={killed}")
     _wait_for(process, lambda: MOMENTS[moment](killed), moment)
@@ -219,7 +234,7 @@ def test_sigkill_and_restart_ends_bit_equal(moment, regularisers, embedded_dir, 
     assert process.returncode == -signal.SIGKILL and not (killed / "result.json").exists()
     _run("pretrain", *flags, f"--workdir={killed}")
     assert not list(killed.rglob(".*.tmp"))
-    _assert_bit_equal(tmp_path / "whole", killed)
+    _assert_bit_equal(whole, killed)
 
 
 @pytest.mark.slow

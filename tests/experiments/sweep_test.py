@@ -327,13 +327,24 @@ def wait_for(process, condition):
         time.sleep(0.02)
 
 
+CHANGES = {"methods": ("linear", "etf"), "learning_rate": "1e-4,1e-2"}
+
+
+@pytest.fixture(scope="module")
+def whole(embedded_dir, tmp_path_factory):
+    """The results of a sweep that was never stopped."""
+    root = tmp_path_factory.mktemp("whole")
+    run_recipe("table1", *tiny_flags(root, embedded_dir, **CHANGES))
+    return results(root)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_and_started_again_it_ends_with_the_same_numbers(end, embedded_dir, tmp_path):
-    changes = {"methods": ("linear", "etf"), "learning_rate": "1e-4,1e-2"}
-    run_recipe("table1", *tiny_flags(tmp_path / "whole", embedded_dir, **changes))
-    whole, root = results(tmp_path / "whole"), tmp_path / "stopped"
-    flags = tiny_flags(root, embedded_dir, **changes)
+def test_stopped_and_started_again_it_ends_with_the_same_numbers(
+    end, whole, embedded_dir, tmp_path
+):
+    root = tmp_path / "stopped"
+    flags = tiny_flags(root, embedded_dir, **CHANGES)
     for moment in ("source/*/config.json", "*/rn18_linear_s0/full/select/*/config.json"):
         process = start_recipe("table1", *flags)
         wait_for(process, lambda m=moment: list(root.glob(m)))

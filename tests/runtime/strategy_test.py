@@ -181,7 +181,8 @@ def pretraining(workdir, data_dir, *flags):
     return [
         CHECKOUT / "recipes/pretrain.py", "--strategy=multiworker", "--dataset=digits",
         f"--data_dir={data_dir}", "--backbone=rn18", "--protocol=quickstart", "--epochs=2",
-        "--batch_size=50", "--checkpoint_every=2", f"--workdir={workdir}", *flags,
+        "--image_size=16", "--batch_size=50", "--checkpoint_every=2",
+        f"--workdir={workdir}", *flags,
     ]  # fmt: skip
 
 

@@ -23,8 +23,8 @@ test: lint
 
 # pytest exits with 5 when no test matches.
 test-slow: $(READY)
-	@echo '$(RUN) -m pytest -m slow $(TESTFLAGS)'; \
-	$(RUN) -m pytest -m slow $(TESTFLAGS) || { \
+	@echo '$(RUN) -m pytest -m slow -n $(WORKERS) --dist loadfile $(TESTFLAGS)'; \
+	$(RUN) -m pytest -m slow -n $(WORKERS) --dist loadfile $(TESTFLAGS) || { \
 		code=$$?; \
 		test $$code -eq 5 || exit $$code; \
 		echo "No slow test to run: that counts as success."; \

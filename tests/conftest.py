@@ -7,11 +7,22 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before anything imports TensorFlow
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture(scope="session")
 def embedded_dir(tmp_path_factory):
-    """TFDS data directory with every embedded data set; tests must not write to it."""
-    from etfzoo.data import shapes
+    """TFDS data directory of the embedded data sets, each prepared by the first who asks for it."""
+    return tmp_path_factory.mktemp("embedded")
 
-    directory = tmp_path_factory.mktemp("embedded")
-    shapes.prepare(directory)
-    return directory
+
+@pytest.fixture(scope="module")
+def shallow_rn18():
+    """See `testing.shallow_rn18`; for all tests of a module."""
+    from testing import shallow_rn18
+
+    with shallow_rn18():
+        yield

@@ -40,12 +40,8 @@ except ModuleNotFoundError:
 """
 
 
-def test_names_are_there_after_a_plain_import():
-    fresh_python(NAMES)
-
-
-@pytest.mark.parametrize("first", ["", "import etfzoo; etfzoo.neural_collapse"])
-def test_public_modules_can_be_imported(first):
+@pytest.mark.parametrize("first", ["", NAMES], ids=["at once", "after the names"])
+def test_names_are_there_after_a_plain_import_and_as_modules(first):
     assert "no such module" in fresh_python(IMPORTS.format(first=first))
 
 

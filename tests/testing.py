@@ -1,14 +1,20 @@
 """Helpers that several test files share."""
 
 import contextlib
+import dataclasses
 import html.parser
+import importlib
+import io
+import logging
 import os
 import shutil
 import struct
 import subprocess
 import sys
 import zlib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -69,19 +75,74 @@ def fresh_python(code, *args, **environment):
 
 
 def run_recipe(recipe, *flags, code=0, cwd=None):
-    """Runs a recipe as a user does; returns what it printed. A bad end must be one line."""
-    process = subprocess.run(
+    """Runs a recipe in this process, its flags fresh; returns what it printed.
+
+    What a process alone shows (signals, environment, several devices) takes `start_recipe`.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    argv = [str(CHECKOUT / "recipes" / f"{recipe}.py"), *map(str, flags)]
+    with _as_a_process(argv, cwd), redirect_stdout(out), redirect_stderr(err):
+        try:
+            importlib.import_module(f"etfzoo.cli.{recipe}").run()
+            ended = 0
+        except SystemExit as end:
+            ended = end.code or 0
+    return check_ending(recipe, ended, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _as_a_process(argv, cwd):
+    """Sets back what a command changes for the whole process."""
+    from absl import app
+    from absl.testing import flagsaver
+
+    from etfzoo.cli import flags
+
+    levels = {name: logging.getLogger(name).level for name in ("tensorflow", "absl")}
+    logger = logging.getLogger("etfzoo")
+    kept = {name: vars(logger)[name] for name in ("level", "propagate")}
+    with (
+        flagsaver.flagsaver(),  # also forgets the flags that the command defines
+        mock.patch.dict(flags.GROUPS, clear=True),
+        mock.patch.dict(os.environ),
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))),
+        mock.patch.object(logger, "handlers", []),
+        contextlib.chdir(cwd or os.getcwd()),
+    ):
+        try:
+            yield
+        finally:
+            logger.propagate = kept["propagate"]
+            logger.setLevel(kept["level"])
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def check_ending(recipe, ended, code, out, err):
+    """What a recipe printed, once it ended with `code`. A bad end must be one line."""
+    assert ended == code, f"{recipe} ended with {ended}:\n{out}\n{err}"
+    if code == 2:
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+    return out + err
+
+
+def finish(recipe, process, code=0):
+    """What a started recipe prints until its end, see `check_ending`."""
+    out, err = process.communicate(timeout=900)
+    return check_ending(recipe, process.returncode, code, out, err)
+
+
+def start_recipe(recipe, *flags, cwd=None, **environment):
+    """Starts a recipe as a user does: in a process of its own."""
+    return subprocess.Popen(
         [sys.executable, str(CHECKOUT / "recipes" / f"{recipe}.py"), *map(str, flags)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | environment,
     )
-    assert process.returncode == code, f"{recipe} ended with {process.returncode}:\n{process}"
-    if code:
-        assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process
-    return process.stdout + process.stderr
 
 
 def last_checkpoint(workdir, path=None):
@@ -125,6 +186,19 @@ def randomize(model, seed=0, fixed=False):
         else:
             v.assign(0.1 * noise)
     return model
+
+
+@contextlib.contextmanager
+def shallow_rn18():
+    """rn18 with 5 of its 8 blocks, for tests of what does not hang on depth: graphs of half size.
+
+    Not for tests that compare with another process, which knows the real one.
+    """
+    from etfzoo.models import table
+
+    row = dataclasses.replace(table.BACKBONES["rn18"], blocks=(2, 1, 1, 1))
+    with mock.patch.dict(table.BACKBONES, rn18=row):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,29 +1,15 @@
 """recipes/compile_check.py, as a user calls it."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from testing import CHECKOUT
+from testing import finish, run_recipe, start_recipe
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="JAX is not installed"
 )
-
-
-def run(*flags, timeout=120):
-    process = subprocess.run(
-        [sys.executable, CHECKOUT / "recipes" / "compile_check.py", *flags],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    return process.returncode, process.stdout, process.stderr
 
 
 @pytest.mark.parametrize(
@@ -37,22 +23,20 @@ def run(*flags, timeout=120):
     ],
 )
 def test_bad_flags(flag, message):
-    code, _, err = run(flag)
-    assert code == 2 and message in err and len(err.splitlines()) == 1
+    assert message in run_recipe("compile_check", flag, code=2)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu"), reason="libtpu is installed")
 def test_without_libtpu():
-    code, _, err = run()
-    assert code == 2 and "etfzoo[tpu-check]" in err
+    assert "etfzoo[tpu-check]" in run_recipe("compile_check", code=2)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 def test_the_step_of_a_small_network_compiles_for_a_tpu():
     flags = ("--backbone=rn18", "--num_classes=10", "--image_size=32", "--batch_size=8")
-    code, out, err = run("--topology=v5e:2x2", *flags, timeout=900)
-    assert code == 0, err
+    # A process of its own: libtpu and JAX read the environment as they are imported.
+    out = finish("compile_check", start_recipe("compile_check", "--topology=v5e:2x2", *flags))
     memory = dict(re.findall(r"  (.+): ([\d.]+) GiB", out))
     # 11.2 million weights and as many slots in float32, on every chip.
     assert 0.083 < float(memory["weights, slots and batch"]) < 0.090

@@ -1,4 +1,4 @@
-"""The recipes as a user calls them: in a process of their own."""
+"""The recipes as a user calls them; in a process of their own where that is the point."""
 
 import json
 import os
@@ -12,28 +12,15 @@ import pytest
 from PIL import Image
 
 import etfzoo
-from testing import CHECKOUT, last_checkpoint, small_disk
+from testing import CHECKOUT, finish, last_checkpoint, run_recipe, small_disk, start_recipe
 
 ROOT = CHECKOUT
 TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
 RN18 = ("--backbone=rn18", *TINY)
 
 
-def _start(recipe, *flags, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
-
-
-def _run(recipe, *flags, code=0, **kwargs):
-    process = _start(recipe, *flags, **kwargs)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, f"{recipe} ended with {process.returncode}:\n{out}\n{err}"
-    return out, err
+def _run(recipe, *flags, **environment):
+    return finish(recipe, start_recipe(recipe, *flags, **environment))
 
 
 def _assert_one_line(err, message):
@@ -57,18 +44,18 @@ def test_import_without_tensorflow_names_the_extra():
 
 
 def test_an_unknown_backend_is_one_line():
-    _, err = _run("pretrain", code=2, env=os.environ | {"KERAS_BACKEND": "jaxx"})
-    _assert_one_line(err, "KERAS_BACKEND=jaxx cannot be used")
+    err = finish("pretrain", start_recipe("pretrain", KERAS_BACKEND="jaxx"), code=2)
+    assert "KERAS_BACKEND=jaxx cannot be used" in err
 
 
 def test_strategy_tpu_without_a_tpu(tmp_path):
-    _, err = _run("pretrain", "--head=etf", "--strategy=tpu", code=2, cwd=tmp_path)
-    _assert_one_line(err, "no TPU found")
+    err = run_recipe("pretrain", "--head=etf", "--strategy=tpu", code=2, cwd=tmp_path)
+    assert "no TPU found" in err
     assert not os.listdir(tmp_path)
 
 
-def test_help_is_quick_and_grouped():
-    out, _ = _run("pretrain", "--help")
+def test_help_is_grouped():
+    out = run_recipe("pretrain", "--help")
     for text in ("Model:", "Data:", "Training:", "Machine:", "--head: etf", "(default: paper)"):
         assert text in out
 
@@ -86,8 +73,7 @@ def test_help_is_quick_and_grouped():
     ],
 )
 def test_bad_flags(tmp_path, recipe, flags, message):
-    _, err = _run(recipe, *flags, code=2, cwd=tmp_path)
-    _assert_one_line(err, message)
+    assert message in run_recipe(recipe, *flags, code=2, cwd=tmp_path)
     assert not os.listdir(tmp_path)
 
 
@@ -95,14 +81,14 @@ def test_bad_flags(tmp_path, recipe, flags, message):
 def pretrained(embedded_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pretrained") / "run"
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
-    out, _ = _run("pretrain", "--head=etf", *flags, f"--workdir={workdir}")
+    out = run_recipe("pretrain", "--head=etf", *flags, f"--workdir={workdir}")
     assert "top-1" in out and "Epoch 1/1 - 4/4" in out
     return workdir
 
 
 @pytest.mark.slow
 def test_config_json_repeats_the_run_bit_for_bit(pretrained, tmp_path):
-    _run("pretrain", f"--config={pretrained}/config.json", f"--workdir={tmp_path / 'again'}")
+    run_recipe("pretrain", f"--config={pretrained}/config.json", f"--workdir={tmp_path / 'again'}")
     _assert_bit_equal(pretrained, tmp_path / "again")
 
 
@@ -111,31 +97,31 @@ def test_finetune_probe_evaluate_publish_load(pretrained, embedded_dir, tmp_path
     data = ("--dataset=shapes/outlines", f"--data_dir={embedded_dir}")
     tuned, probed = tmp_path / "tuned", tmp_path / "probed"
     rates = "--learning_rate=0.001,0.02"
-    out, _ = _run("finetune", f"--model={pretrained}", *data, *TINY, rates, f"--workdir={tuned}")
+    out = run_recipe("finetune", f"--model={pretrained}", *data, *TINY, rates, f"--workdir={tuned}")
     assert "picked learning rate" in out
-    _run(
+    run_recipe(
         "finetune", f"--model={pretrained}", *data, *TINY, "--mode=linear_probe",
         f"--workdir={probed}",
     )  # fmt: skip
     for workdir in (tuned, probed):
         report = tmp_path / f"report_{workdir.name}"
-        _run("evaluate", f"--model={workdir}", *data, f"--output={report}")
+        run_recipe("evaluate", f"--model={workdir}", *data, f"--output={report}")
         metrics = json.loads((report / "metrics.json").read_text())
         result = json.loads((workdir / "result.json").read_text())
         assert metrics["top1"] == pytest.approx(result["top1"], abs=1e-9)
         assert metrics["examples"] == 500
         assert (report / "per_class.csv").read_text().count("\n") == 11
         assert Image.open(report / "confusion.png").size[0] > 300
-    _, err = _run("evaluate", f"--model={tuned}", "--dataset=shapes/source",
+    err = run_recipe("evaluate", f"--model={tuned}", "--dataset=shapes/source",
                   f"--data_dir={embedded_dir}", code=2, cwd=tmp_path)  # fmt: skip
-    _assert_one_line(err, "has 10 classes")
+    assert "has 10 classes" in err
 
 
 @pytest.mark.slow
 def test_collapse_measures_and_knn(pretrained, embedded_dir, tmp_path):
     data = f"--data_dir={embedded_dir}"
     flags = (f"--model={pretrained}", data, "--feature_cache=cache")
-    out, _ = _run(
+    out = run_recipe(
         "neural_collapse", *flags, "--dataset=digits", "--ood_dataset=shapes/textures",
         "--output=nc.json", cwd=tmp_path,
     )  # fmt: skip
@@ -144,17 +130,17 @@ def test_collapse_measures_and_knn(pretrained, embedded_dir, tmp_path):
     splits = json.loads((tmp_path / "nc.json").read_text())["splits"]
     assert [splits[s]["examples"] for s in ("train", "test")] == [200, 1297]
     assert {"nc1", "nc4", "nc5"} <= splits["test"].keys()
-    _run("neural_collapse", *flags, "--dataset=shapes/source", "--split=test", cwd=tmp_path)
+    run_recipe("neural_collapse", *flags, "--dataset=shapes/source", "--split=test", cwd=tmp_path)
     (path,) = (tmp_path / "runs/neural_collapse").glob("*.json")
     splits = json.loads(path.read_text())["splits"]
     assert splits.keys() == {"test"} and "nc3" not in splits["test"]  # 16 classes, not 10
     flags += ("--dataset=shapes/outlines", "--mode=knn", *TINY, "--workdir=knn")
-    out, _ = _run("finetune", *flags, cwd=tmp_path)
+    out = run_recipe("finetune", *flags, cwd=tmp_path)
     assert "on 500 images" in out and "next:" not in out
     result = json.loads((tmp_path / "knn/result.json").read_text())
     assert result["examples"] == 500 and result["k"] >= 1
-    _, err = _run("neural_collapse", "--dataset=digits", code=2, cwd=tmp_path)
-    _assert_one_line(err, "say which model")
+    err = run_recipe("neural_collapse", "--dataset=digits", code=2, cwd=tmp_path)
+    assert "say which model" in err
 
 
 def _photos(root, broken=0):
@@ -172,19 +158,19 @@ def _photos(root, broken=0):
 def test_own_images_with_truncated_jpegs(tmp_path):
     _photos(tmp_path / "photos", broken=3)
     flags = (f"--dataset=folder:{tmp_path}/photos", *RN18, "--batch_size=8", "--epochs=2")
-    _, err = _run("pretrain", *flags, f"--workdir={tmp_path}/a", code=2)
-    _assert_one_line(err, "is not a readable image")
+    err = run_recipe("pretrain", *flags, f"--workdir={tmp_path}/a", code=2)
+    assert "is not a readable image" in err
     assert "cat/" in err
-    out, err = _run("pretrain", *flags, f"--workdir={tmp_path}/b", "--skip_corrupt")
-    assert "left out 3 corrupt images" in err and "top-1" in out
+    out = run_recipe("pretrain", *flags, f"--workdir={tmp_path}/b", "--skip_corrupt")
+    assert "left out 3 corrupt images" in out and "top-1" in out
     names = json.loads((tmp_path / "b" / "corrupt.json").read_text()).values()
     assert sorted(names) == ["cat/0.jpg", "cat/1.jpg", "cat/2.jpg"]
 
 
 def test_an_empty_image_folder(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    _, err = _run("pretrain", "--dataset=folder:photos", "--backbone=rn18", code=2, cwd=tmp_path)
-    _assert_one_line(err, "no images in photos")
+    err = run_recipe("pretrain", "--dataset=folder:photos", "--backbone=rn18", code=2, cwd=tmp_path)
+    assert "no images in photos" in err
     assert os.listdir(tmp_path) == ["photos"]
 
 
@@ -215,22 +201,37 @@ MOMENTS = {
 REGULARISERS = ("--mixup=0.2", "--cutmix=1", "--rand_augment=7", "--ema=0.99")
 
 
+@pytest.fixture(scope="module")
+def long_run(embedded_dir, tmp_path_factory):
+    """A function that gives flags of a run, and the workdir where these went through once."""
+    done = {}
+
+    def flags_and_workdir(regularisers):
+        flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=3",
+                 "--batch_size=20", "--checkpoint_every=3", *regularisers)  # fmt: skip
+        if regularisers not in done:
+            done[regularisers] = tmp_path_factory.mktemp("whole") / "run"
+            _run("pretrain", *flags, f"--workdir={done[regularisers]}")
+        return flags, done[regularisers]
+
+    return flags_and_workdir
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("regularisers", [(), REGULARISERS], ids=["plain", "regularised"])
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_sigkill_and_restart_ends_bit_equal(moment, regularisers, embedded_dir, tmp_path):
-    flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=3",
-             "--batch_size=20", "--checkpoint_every=3", *regularisers)  # fmt: skip
-    _run("pretrain", *flags, f"--workdir={tmp_path}/whole")
+@pytest.mark.parametrize(
+    "moment, regularisers", [*((m, ()) for m in MOMENTS), ("inside an epoch", REGULARISERS)]
+)
+def test_sigkill_and_restart_ends_bit_equal(moment, regularisers, long_run, tmp_path):
+    flags, whole = long_run(regularisers)
     killed = tmp_path / "killed"
-    process = _start("pretrain", *flags, f"--workdir={killed}")
+    process = start_recipe("pretrain", *flags, f"--workdir={killed}")
     _wait_for(process, lambda: MOMENTS[moment](killed), moment)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (killed / "result.json").exists()
     _run("pretrain", *flags, f"--workdir={killed}")
     assert not list(killed.rglob(".*.tmp"))
-    _assert_bit_equal(tmp_path / "whole", killed)
+    _assert_bit_equal(whole, killed)
 
 
 @pytest.mark.slow
@@ -238,11 +239,10 @@ def test_sigterm_saves_exits_75_and_resumes_bit_equal(pretrained, embedded_dir, 
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=2")
     _run("pretrain", *flags, f"--workdir={tmp_path}/whole")
     stopped = tmp_path / "stopped"
-    process = _start("pretrain", *flags, "--checkpoint_every=1", f"--workdir={stopped}")
+    process = start_recipe("pretrain", *flags, "--checkpoint_every=1", f"--workdir={stopped}")
     _wait_for(process, lambda: MOMENTS["inside an epoch"](stopped), "a step")
     process.terminate()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 75 and "run the same command to go on" in err
+    assert "run the same command to go on" in finish("pretrain", process, code=75)
     _run("pretrain", *flags, f"--workdir={stopped}")
     _assert_bit_equal(tmp_path / "whole", stopped)
 
@@ -250,8 +250,8 @@ def test_sigterm_saves_exits_75_and_resumes_bit_equal(pretrained, embedded_dir, 
 def test_a_full_disk_while_training(embedded_dir, tmp_path):
     with small_disk(tmp_path / "disk", "20m") as disk:
         flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
-        _, err = _run("pretrain", *flags, f"--workdir={disk}/run", code=2)
-        _assert_one_line(err, "No space left on device")
+        err = run_recipe("pretrain", *flags, f"--workdir={disk}/run", code=2)
+        assert "No space left on device" in err
         assert not list(disk.rglob("*.npz")) and not list(disk.rglob("*.tmp"))
 
 
@@ -260,7 +260,7 @@ def test_switchable_whitening_from_pretraining_to_fine_tuning(embedded_dir, tmp_
     data, run = f"--data_dir={embedded_dir}", tmp_path / "run"
     flags = ("--head=linear", "--norm=sw", "--backbone=rn18", "--protocol=sw_official", data)
     flags += ("--image_size=32", "--epochs=1", "--batch_size=50", "--dataset=digits")
-    out, _ = _run("pretrain", *flags, f"--workdir={run}")
+    out = run_recipe("pretrain", *flags, f"--workdir={run}")
     assert "top-1" in out and "note: unlike the script's network" in out and "assumed" not in out
     config = json.loads((run / "config.json").read_text())
     assert (config["schedule"], config["decay_all"], config["weight_decay"]) == ("step", True, 1e-4)
@@ -269,13 +269,13 @@ def test_switchable_whitening_from_pretraining_to_fine_tuning(embedded_dir, tmp_
     model = etfzoo.load(run)
     etfzoo.publish(model, tmp_path / "rn18_sw.digits")
     flags = (f"--model={tmp_path}/rn18_sw.digits", "--dataset=shapes/outlines", data, *TINY)
-    _run("finetune", *flags, f"--workdir={tmp_path}/tuned")
+    run_recipe("finetune", *flags, f"--workdir={tmp_path}/tuned")
     tuned = etfzoo.load(tmp_path / "tuned")
     assert tuned.spec.norm == "sw" and tuned.spec.num_classes == 10
     before, after = (m.get_layer("conv1_bn").moving_covariance for m in (model, tuned))
     assert np.abs(np.asarray(before) - np.asarray(after)).max() > 1e-3
-    _, err = _run("pretrain", "--norm=ws", code=2, cwd=tmp_path)
-    _assert_one_line(err, "unknown norm 'ws'; did you mean sw")
+    err = run_recipe("pretrain", "--norm=ws", code=2, cwd=tmp_path)
+    assert "unknown norm 'ws'; did you mean sw" in err
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_switchable_whitening_from_pretraining_to_fine_tuning(embedded_dir, tmp_
 def test_deep_resnets_train_publish_and_load_at_64_px(backbone, precision, embedded_dir, tmp_path):
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *TINY, f"--backbone={backbone}")
     flags += ("--image_size=64", f"--mixed_precision={precision}", f"--workdir={tmp_path}/run")
-    out, _ = _run("pretrain", *flags)
+    out = run_recipe("pretrain", *flags)
     assert "Epoch 1/1 - 4/4" in out
     model = etfzoo.load(tmp_path / "run")
     published = etfzoo.publish(model, tmp_path / f"{backbone}_etf.digits")

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from etfzoo.runtime import hardware
 from etfzoo.training import search, transfer
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
-from testing import CHECKOUT, held_by_another_process
+from testing import held_by_another_process, run_recipe, start_recipe
 
 TINY = {
     "source": "digits",
@@ -34,17 +32,6 @@ TINY = {
     "finetune_epochs": 1,
     "finetune_batch_size": 50,
 }
-
-
-def table1(*flags):
-    command = [sys.executable, str(CHECKOUT / "recipes/table1.py"), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=900)
-    assert process.returncode == code, f"{process.returncode}:\n{out}\n{err}"
-    return out, err
 
 
 def tiny_flags(root, data_dir, **changes):
@@ -101,8 +88,7 @@ def pretrained(embedded_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("sweep")
     settings = sweep.Sweep(root=str(root), data_dir=str(embedded_dir), **TINY)
     cell = sweep.cells(settings)[0]
-    recipe = CHECKOUT / "recipes" / f"{cell.job.command}.py"
-    subprocess.run([sys.executable, recipe, *cell.job.arguments()], check=True, capture_output=True)
+    run_recipe(cell.job.command, *cell.job.arguments())
     return settings
 
 
@@ -260,8 +246,8 @@ def test_examples_of_roles():
 def test_the_plan_of_imagenet_needs_no_data(protocol, tmp_path):
     root = tmp_path / "none"
     flags = [f"--protocol={protocol}", f"--workdir={root}"]
-    out, err = finish(table1("--dry_run", *flags))
-    assert not err and not root.exists()
+    out = run_recipe("table1", "--dry_run", *flags)
+    assert not root.exists()
     assert "132 cells: 132 to do" in out
     for name in (*sweep.TARGETS, "imagenet2012"):
         assert f"--dataset={name} " in out
@@ -342,22 +328,33 @@ def wait_for(process, condition):
         time.sleep(0.02)
 
 
+CHANGES = {"methods": ("linear", "etf"), "learning_rate": "1e-4,1e-2"}
+
+
+@pytest.fixture(scope="module")
+def whole(embedded_dir, tmp_path_factory):
+    """The results of a sweep that was never stopped."""
+    root = tmp_path_factory.mktemp("whole")
+    run_recipe("table1", *tiny_flags(root, embedded_dir, **CHANGES))
+    return results(root)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_and_started_again_it_ends_with_the_same_numbers(end, embedded_dir, tmp_path):
-    changes = {"methods": ("linear", "etf"), "learning_rate": "1e-4,1e-2"}
-    finish(table1(*tiny_flags(tmp_path / "whole", embedded_dir, **changes)))
-    whole, root = results(tmp_path / "whole"), tmp_path / "stopped"
-    flags = tiny_flags(root, embedded_dir, **changes)
+def test_stopped_and_started_again_it_ends_with_the_same_numbers(
+    end, whole, embedded_dir, tmp_path
+):
+    root = tmp_path / "stopped"
+    flags = tiny_flags(root, embedded_dir, **CHANGES)
     for moment in ("source/*/config.json", "*/rn18_linear_s0/full/select/*/config.json"):
-        process = table1(*flags)
+        process = start_recipe("table1", *flags)
         wait_for(process, lambda m=moment: list(root.glob(m)))
         process.send_signal(end)
         process.communicate(timeout=120)
         assert process.returncode == (75 if end == signal.SIGTERM else -signal.SIGKILL)
-    out, _ = finish(table1(*flags))
+    out = run_recipe("table1", *flags)
     assert " goes on" in out and "2 finished" in out
     assert results(root) == whole
     assert not list(root.rglob(".*.tmp"))
-    out, _ = finish(table1(*flags))
+    out = run_recipe("table1", *flags)
     assert "6 cells, 6 finished" in out and "starts" not in out

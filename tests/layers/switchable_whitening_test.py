@@ -279,16 +279,8 @@ def test_many_iterations_converge():
     assert max(deviations[2:]) < 1e-4, deviations
 
 
-_RELOAD = """
-import sys, keras, numpy as np
-import etfzoo.layers
-model = keras.models.load_model(sys.argv[1])  # in safe mode
-x = np.load(sys.argv[2])
-np.savez(sys.argv[3], model(x), model(x, training=True), *model.get_weights())
-"""
-
-
-def test_keras_file_in_a_fresh_process(tmp_path):
+def test_keras_file(tmp_path):
+    """In safe mode; tests/models/classifier_test.py loads it in a fresh process."""
     inputs = keras.Input((None, None, C))
     layers = [make(t, seed=t, tie_weight=t == 2, iterations=t) for t in TYPES]
     model = keras.Model(inputs, [layer(inputs) for layer in layers])
@@ -296,14 +288,13 @@ def test_keras_file_in_a_fresh_process(tmp_path):
     x = data(4, 5, 7).astype(np.float32)
     for images in (x, x[:3, :4, :2]):
         np.testing.assert_array_equal(model(images), [layer(images) for layer in layers])
-    np.save(tmp_path / "x.npy", x)
     model.save(tmp_path / "model.keras")
-    fresh_python(_RELOAD, *(tmp_path / name for name in ("model.keras", "x.npy", "out.npz")))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
     wanted = [model(x), model(x, training=True), *model.get_weights()]
-    found = np.load(tmp_path / "out.npz")
+    found = [loaded(x), loaded(x, training=True), *loaded.get_weights()]
     assert len(wanted) == len(found) == 2 + 4 * 6 - 1
-    for number, array in enumerate(wanted):
-        np.testing.assert_array_equal(found[f"arr_{number}"], array)
+    for array, other in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(other, array)
 
 
 def test_saved_model_trains_on(tmp_path):
@@ -366,7 +357,10 @@ print(json.dumps(errors))
 """
 
 
-@pytest.mark.parametrize("shares", [[[4, 4], [5, 3]], [[2, 2, 2], [1, 2, 3]]])
+# A process has collectives of one number of devices only.
+@pytest.mark.parametrize(
+    "shares", [pytest.param([[4, 4], [5, 3]], marks=pytest.mark.slow), [[2, 2, 2], [1, 2, 3]]]
+)
 def test_synchronized_replicas_are_one_device(shares):
     out = fresh_python(_MIRRORED, json.dumps(shares))
     found = json.loads(out.splitlines()[-1])
@@ -394,6 +388,7 @@ t.check(t.make(5), t.data(4, 5, 7, ratio=3), function=forward_backward)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax_backend():
     fresh_python(_JAX, KERAS_BACKEND="jax")

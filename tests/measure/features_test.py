@@ -17,7 +17,15 @@ from etfzoo.measure import features
 from etfzoo.models.classifier import replace_head
 from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
-from testing import CHECKOUT, fresh_python, leftovers, make_classifier, make_image_folder, randomize
+from testing import (
+    CHECKOUT,
+    fresh_python,
+    leftovers,
+    make_classifier,
+    make_image_folder,
+    randomize,
+    shallow_rn18,
+)
 
 COUNTS = {"a": 12, "b": 9, "c": 7}
 
@@ -219,6 +227,11 @@ def test_names_by_which_sets_of_different_size_compare():
 
 
 def test_measures_of_a_training_and_of_its_resumption(embedded_dir, tmp_path):
+    with shallow_rn18():
+        check_measures_and_resumption(embedded_dir, tmp_path)
+
+
+def check_measures_and_resumption(embedded_dir, tmp_path):
     config = TrainConfig(
         dataset="digits", data_dir=str(embedded_dir), backbone="rn18", image_size=16, crop=1.0,
         augment="none", flip=False, epochs=2, batch_size=50, eval_split="select",

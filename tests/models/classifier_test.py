@@ -175,25 +175,33 @@ def test_global_policy_is_taken_and_restored():
 _RELOAD = """
 import sys, keras, numpy as np
 import etfzoo.models.classifier
-model = keras.models.load_model(sys.argv[1])  # in safe mode
-arrays = {v.path.replace("/", "."): np.array(v) for v in model.variables}
-np.savez(sys.argv[2], logits=model(np.load(sys.argv[3])), **arrays)
-print(repr(model.spec), model.name, list(model.taps), sep="\\n")
+for path in sys.argv[2:]:
+    model = keras.models.load_model(path)  # in safe mode
+    arrays = {v.path.replace("/", "."): np.array(v) for v in model.variables}
+    np.savez(path + ".npz", logits=model(np.load(sys.argv[1])), **arrays)
+    print(repr(model.spec), model.name, list(model.taps), sep="\\n")
 """
 
 
-def test_keras_file_in_a_fresh_process(rn18, tmp_path):
+def test_keras_files_in_a_fresh_process(rn18, tmp_path):
+    whitened = make(norm="sw")
+    whitened(pixels(4), training=True)
     np.save(tmp_path / "pixels.npy", pixels())
-    rn18.save(tmp_path / "model.keras")
-    files = (tmp_path / name for name in ("model.keras", "out.npz", "pixels.npy"))
-    printed = fresh_python(_RELOAD, *files).splitlines()
-    assert printed == [repr(rn18.spec), rn18.name, str(list(rn18.taps))]
-    out = dict(np.load(tmp_path / "out.npz"))
-    np.testing.assert_allclose(out.pop("logits"), rn18(pixels()), rtol=1e-5, atol=1e-5)
-    mine = {path.replace("/", "."): a for path, a in weights.as_arrays(rn18.variables).items()}
-    assert out.keys() == mine.keys() and len(mine) == 105
-    for path, array in mine.items():
-        np.testing.assert_array_equal(out[path], array, err_msg=path)
+    models = {"plain": (rn18, 105, 1e-5), "whitened": (whitened, len(whitened.variables), 1e-4)}
+    paths = {name: tmp_path / f"{name}.keras" for name in models}
+    for name, (model, *_) in models.items():
+        model.save(paths[name])
+    printed = fresh_python(_RELOAD, tmp_path / "pixels.npy", *paths.values()).splitlines()
+    assert printed == [
+        line for m, *_ in models.values() for line in (repr(m.spec), m.name, str(list(m.taps)))
+    ]
+    for name, (model, count, bound) in models.items():
+        out = dict(np.load(f"{paths[name]}.npz"))
+        np.testing.assert_allclose(out.pop("logits"), model(pixels()), rtol=bound, atol=1e-5)
+        mine = {path.replace("/", "."): a for path, a in weights.as_arrays(model.variables).items()}
+        assert out.keys() == mine.keys() and len(mine) == count
+        for path, array in mine.items():
+            np.testing.assert_array_equal(out[path], array, err_msg=path)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ for crop, flip, (height, width) in (
 
 
 @needs_jax
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_images_made_on_devices_equal_those_of_the_host(tmp_path, devices):
     on_jax(_IMAGES, tmp_path / "images", devices)

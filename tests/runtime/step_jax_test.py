@@ -220,7 +220,7 @@ def config(embedded_dir):
         data_dir=str(embedded_dir),
         backbone="rn18",
         norm="sw",
-        image_size=32,
+        image_size=16,
         crop=1.0,
         augment="shift",
         epochs=2,
@@ -286,15 +286,15 @@ def test_checkpoints_do_not_tell_the_backend(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4, 6])
+@pytest.mark.parametrize("step", [4, 6])
 def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
     run_on_jax(config, begun(finished["jax"], tmp_path / "run", step))
     assert_same_end(finished["jax"], tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 5])
-def test_a_run_goes_on_under_the_other_backend(finished, config, tmp_path, step):
+def test_a_run_goes_on_under_the_other_backend(finished, config, tmp_path):
+    step = 5
     first = begun(finished["tensorflow"], tmp_path / "to_jax", step)
     run_on_jax(config, first)
     second = begun(finished["jax"], tmp_path / "to_tensorflow", step)

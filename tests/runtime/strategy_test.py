@@ -180,7 +180,8 @@ def pretraining(workdir, data_dir, *flags):
     return [
         CHECKOUT / "recipes/pretrain.py", "--strategy=multiworker", "--dataset=digits",
         f"--data_dir={data_dir}", "--backbone=rn18", "--protocol=quickstart", "--epochs=2",
-        "--batch_size=50", "--checkpoint_every=2", f"--workdir={workdir}", *flags,
+        "--image_size=16", "--batch_size=50", "--checkpoint_every=2",
+        f"--workdir={workdir}", *flags,
     ]  # fmt: skip
 
 
@@ -197,6 +198,7 @@ def whole(tmp_path_factory):
     return folder, outputs
 
 
+@pytest.mark.slow
 def test_two_workers_from_the_recipe_to_a_published_model(whole):
     folder, ((out, _), (other, _)) = whole
     run = folder / "run"
@@ -228,7 +230,7 @@ def test_a_stopped_worker_stops_all_and_nothing_is_lost(whole, tmp_path, number,
         assert all(p.poll() is None for p in processes)
         time.sleep(0.01)
     processes[victim].send_signal(number)
-    outputs = finish(processes, codes, timeout=30)
+    outputs = finish(processes, codes, timeout=60)
     if number == signal.SIGKILL:
         assert "another worker is gone" in outputs[1 - victim][1]
     assert not (tmp_path / "run/result.json").exists()

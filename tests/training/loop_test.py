@@ -19,6 +19,8 @@ from etfzoo.training import loop, search
 from etfzoo.training.config import TrainConfig
 from testing import last_checkpoint
 
+pytestmark = pytest.mark.usefixtures("shallow_rn18")
+
 
 @pytest.fixture(scope="module")
 def config(embedded_dir):
@@ -27,7 +29,9 @@ def config(embedded_dir):
         data_dir=str(embedded_dir),
         backbone="rn18",
         head="etf",
-        image_size=32,
+        initializer="he_fan_out",
+        zero_gamma=True,
+        image_size=16,
         crop=1.0,
         augment="shift",
         flip=False,
@@ -77,17 +81,27 @@ def test_a_run_leaves_complete_files(finished, config):
     assert 0 < recorded["seconds"] < 600
 
 
-# 8 is a run that died between its last checkpoint and its log files.
-@pytest.mark.parametrize("step", [1, 3, 4, 6, 8])
+def _begin(workdir, target, step):
+    """What a run that was killed leaves: its checkpoint of a step."""
+    (target / "checkpoints").mkdir(parents=True)
+    name = f"checkpoints/step-{step:010d}.npz"
+    shutil.copy(workdir / name, target / name)
+
+
+def _go_on(config, workdir):
+    """Trains to the end; only the last step is saved."""
+    return loop.train_and_evaluate(dataclasses.replace(config, checkpoint_every=100), workdir)
+
+
+# Between the epochs, inside the second one, and dead between last checkpoint and log files.
+@pytest.mark.parametrize("step", [4, 6, 8])
 def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
     workdir, _ = finished
-    (tmp_path / "checkpoints").mkdir()
+    _begin(workdir, tmp_path, step)
     shutil.copy(workdir / "config.json", tmp_path)
     hardware.write(tmp_path, 1000)
-    name = f"step-{step:010d}.npz"
-    shutil.copy(workdir / "checkpoints" / name, tmp_path / "checkpoints" / name)
     (tmp_path / ".metrics.csv.1a2b3c4d.tmp").touch()  # as a kill leaves it
-    loop.train_and_evaluate(config, tmp_path)
+    _go_on(config, tmp_path)
     _assert_same_end(workdir, tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))
     assert (tmp_path / "metrics.csv").read_text() == (workdir / "metrics.csv").read_text()
@@ -113,26 +127,16 @@ def test_float16_scales_its_loss_and_resumes_bit_equal(config, tmp_path, ema):
     # Halved where 16 bits overflowed; 2^15 at first.
     assert 0 < arrays["optimizer/loss_scale/dynamic_scale"] <= 2**15
     assert arrays["optimizer/sgd/iteration"] >= 4
-    (again / "checkpoints").mkdir(parents=True)
-    name = "checkpoints/step-0000000003.npz"
-    shutil.copy(whole / name, again / name)
-    loop.train_and_evaluate(half, again)
+    _begin(whole, again, 3)
+    _go_on(half, again)
     _assert_same_end(whole, again)
 
 
 @pytest.fixture(scope="module")
 def resized(config, tmp_path_factory):
-    """A run of three sizes, with an average of its weights; its checkpoints are of each step."""
+    """A run of two sizes that averages its weights; its configuration, and what was read when."""
     workdir = tmp_path_factory.mktemp("resized")
-    stages = {"image_size_schedule": ((16, 1), (24, 1)), "epochs": 3}
-    config = dataclasses.replace(config, **stages, ema=0.8)
-    loop.train_and_evaluate(config, workdir)
-    return workdir, config
-
-
-def test_progressive_resizing_trains_each_epoch_at_its_size(resized, config, tmp_path, monkeypatch):
-    workdir, progressive = resized
-    assert [progressive.train_size(epoch) for epoch in range(3)] == [16, 24, 32]
+    config = dataclasses.replace(config, image_size=24, image_size_schedule=((16, 1),), ema=0.8)
     shown = []
     read, predict = Pipeline.training, accuracy.predict
 
@@ -145,34 +149,37 @@ def test_progressive_resizing_trains_each_epoch_at_its_size(resized, config, tmp
         shown.append(("evaluate", *batches[0][0].shape[1:3]))
         return predict(step, batches)
 
-    monkeypatch.setattr(Pipeline, "training", spied_training)
-    monkeypatch.setattr(accuracy, "predict", spied_predict)
-    loop.train_and_evaluate(progressive, tmp_path / "again")
-    full = ("evaluate", 32, 32)
-    assert shown == [
-        ("train", 16, 16), full, ("train", 24, 24), full, ("train", 32, 32), full
-    ]  # fmt: skip
-    _assert_same_end(workdir, tmp_path / "again")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "training", spied_training)
+        patch.setattr(accuracy, "predict", spied_predict)
+        loop.train_and_evaluate(config, workdir)
+    return workdir, config, shown
+
+
+def test_progressive_resizing_trains_each_epoch_at_its_size(resized, config, tmp_path):
+    workdir, progressive, shown = resized
+    full = ("evaluate", 24, 24)
+    assert shown == [("train", 16, 16), full, ("train", 24, 24), full]
+    three = {"image_size": 32, "image_size_schedule": ((16, 1), (24, 1)), "epochs": 3}
+    longer = dataclasses.replace(config, **three)
+    assert [longer.train_size(epoch) for epoch in range(3)] == [16, 24, 32]
     # The first stage is what a training at that size alone does, to the bit.
-    alone = dataclasses.replace(
-        progressive, image_size=16, image_size_schedule=(), checkpoint_every=100
-    )
-    loop.train_and_evaluate(alone, tmp_path / "alone")
+    alone = {"image_size": 16, "image_size_schedule": (), "checkpoint_every": 4}
+    loop.train_and_evaluate(dataclasses.replace(progressive, **alone), tmp_path)
     first, plain = (
         checkpoint.read(folder / "checkpoints" / "step-0000000004.npz")[0]
-        for folder in (workdir, tmp_path / "alone")
+        for folder in (workdir, tmp_path)
     )
     for name in first:
         np.testing.assert_array_equal(first[name], plain[name], name)
 
 
-@pytest.mark.parametrize("step", [3, 4, 6, 9])
+# Inside the first stage, and between the two.
+@pytest.mark.parametrize("step", [3, 4])
 def test_progressive_resizing_resumes_bit_equal(resized, tmp_path, step):
-    workdir, config = resized
-    (tmp_path / "checkpoints").mkdir()
-    name = f"checkpoints/step-{step:010d}.npz"
-    shutil.copy(workdir / name, tmp_path / name)
-    loop.train_and_evaluate(config, tmp_path)
+    workdir, config, _ = resized
+    _begin(workdir, tmp_path, step)
+    _go_on(config, tmp_path)
     _assert_same_end(workdir, tmp_path)
 
 
@@ -193,10 +200,8 @@ def regularised(config, tmp_path_factory):
 
 def test_a_regularised_run_resumes_bit_equal(regularised, tmp_path):
     workdir, config, result = regularised
-    (tmp_path / "checkpoints").mkdir()
-    name = "checkpoints/step-0000000003.npz"
-    shutil.copy(workdir / name, tmp_path / name)
-    assert loop.train_and_evaluate(config, tmp_path) == result
+    _begin(workdir, tmp_path, 3)
+    assert _go_on(config, tmp_path) == result
     _assert_same_end(workdir, tmp_path)
 
 
@@ -205,7 +210,7 @@ def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
     kept = [checkpoint.read(p)[0] for p in checkpoint.CheckpointManager(workdir).paths()[::-1]]
     assert len(kept) == 4
     names = [k.removeprefix("model/") for k in kept[-1] if k.startswith("model/")]
-    assert len(names) == len([k for k in kept[-1] if k.startswith("trained/")]) > 100
+    assert len(names) == len([k for k in kept[-1] if k.startswith("trained/")]) > 60
     for step in range(2, 5):  # what the checkpoints hold is the recursion itself
         decay = min(config.ema, (1 + step) / (10 + step))
         for name in names:
@@ -239,8 +244,12 @@ def test_a_finished_run_is_not_trained_again(finished, config):
 
 def test_a_workdir_of_another_run_is_refused(finished, config):
     workdir, _ = finished
-    with pytest.raises(EtfzooError, match=r"other settings \(learning_rate 0.02 there, 0.5 here\)"):
-        loop.train_and_evaluate(dataclasses.replace(config, learning_rate=0.5), workdir)
+    for change, message in (
+        ({"learning_rate": 0.5}, r"other settings \(learning_rate 0.02 there, 0.5 here\)"),
+        ({"initializer": "glorot_uniform"}, "initializer he_fan_out there, glorot_uniform here"),
+    ):
+        with pytest.raises(EtfzooError, match=message):
+            loop.train_and_evaluate(dataclasses.replace(config, **change), workdir)
 
 
 def test_the_etf_kernel_never_moves(finished, config):
@@ -282,6 +291,7 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(config, tmp_path, change, message):
     workdir = tmp_path / "new"
+    change = {"initializer": "glorot_uniform", "zero_gamma": False} | change
     with pytest.raises(EtfzooError, match=message) as error:
         loop.train_and_evaluate(dataclasses.replace(config, **change), workdir)
     assert "\n" not in str(error.value)

@@ -1,7 +1,6 @@
 """Tests of the exports: ONNX against ONNX Runtime, .keras files in Keras alone, and the recipe."""
 
 import json
-import subprocess
 import sys
 
 import keras
@@ -12,9 +11,11 @@ import tensorflow as tf
 
 import etfzoo
 from etfzoo.zoo import export as formats
-from testing import CHECKOUT, assert_close, fresh_python, leftovers, small_disk
+from testing import assert_close, fresh_python, leftovers, run_recipe, small_disk
 from testing import make_classifier as make
 from testing import random_pixels as pixels
+
+pytestmark = pytest.mark.usefixtures("shallow_rn18")
 
 
 def run_onnx(path, images):
@@ -25,17 +26,22 @@ def run_onnx(path, images):
 
 @pytest.mark.parametrize(
     "head, changes",
-    [("etf", {}), ("linear", {"norm": "sw"}), (None, {}), ("linear", {"dtype": "mixed_bfloat16"})],
+    [
+        ("etf", {}),
+        ("linear", {"norm": "sw"}),
+        (None, {"input_shape": (None, None, 3)}),
+        pytest.param("linear", {"dtype": "mixed_bfloat16"}, marks=pytest.mark.slow),
+    ],
 )
 def test_onnx(tmp_path, head, changes):
     path = tmp_path / "model.onnx"
     model = make(head, **changes)
     formats.export_onnx(model, path)
     single = make(head, **(changes | {"dtype": "float32"}))
-    for n in (1, 3):
-        name, outputs, session = run_onnx(path, pixels(n))
+    for n, side in ((1, 32), (3, 49 if head is None else 32)):
+        name, outputs, session = run_onnx(path, pixels(n, side=side))
         assert name == ("features" if head is None else "logits")
-        assert_close(outputs, single(pixels(n)))
+        assert_close(outputs, single(pixels(n, side=side)))
     metadata = session.get_modelmeta().custom_metadata_map
     assert (
         etfzoo.models.classifier.ClassifierSpec.from_dict(json.loads(metadata["spec"]))
@@ -47,15 +53,6 @@ def test_onnx(tmp_path, head, changes):
     # Another model's file is noticed.
     assert formats.onnx_difference(make(head, seed=2, **changes), path) > 1e-2
     assert leftovers(tmp_path) == ["model.onnx"]
-
-
-def test_onnx_of_any_size(tmp_path):
-    model = make(None, input_shape=(None, None, 3))
-    formats.export_onnx(model, tmp_path / "model.onnx")
-    for side in (32, 49):
-        assert_close(
-            run_onnx(tmp_path / "model.onnx", pixels(2, side=side))[1], model(pixels(2, side=side))
-        )
 
 
 def test_onnx_without_its_package(tmp_path, monkeypatch):
@@ -76,23 +73,27 @@ def test_full_disk(tmp_path):
 LOAD = """
 import sys
 import keras, numpy as np
-model = keras.saving.load_model(sys.argv[1])
-assert not [name for name in sys.modules if name.startswith("etfzoo")]
-np.save(sys.argv[2], model.predict(np.load(sys.argv[3]), verbose=0))
-print(sorted({type(layer).__module__.split(".")[0] for layer in model.layers}))
+for path in sys.argv[2:]:
+    model = keras.saving.load_model(path)
+    assert not [name for name in sys.modules if name.startswith(("etfzoo", "keras_cv"))]
+    np.save(path + ".npy", model.predict(np.load(sys.argv[1]), verbose=0))
 """
 
 
-@pytest.mark.parametrize(
-    "head, feature_norm", [("etf", "none"), ("etf", "bn_l2"), ("linear", None)]
-)
-def test_keras_file_in_keras_alone(tmp_path, head, feature_norm):
-    model = make(head, **({"feature_norm": feature_norm} if feature_norm else {}))
-    formats.export_keras(model, tmp_path / "model.keras")
-    assert leftovers(tmp_path) == ["model.keras"]
+def test_keras_files_in_keras_alone(tmp_path):
     np.save(tmp_path / "x.npy", pixels())
-    fresh_python(LOAD, tmp_path / "model.keras", tmp_path / "y.npy", tmp_path / "x.npy")
-    assert_close(np.load(tmp_path / "y.npy"), model(pixels()))
+    heads = {"none": ("etf", "none"), "bn_l2": ("etf", "bn_l2"), "linear": ("linear", None)}
+    models = {}
+    for name, (head, feature_norm) in heads.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        model = make(head, **({"feature_norm": feature_norm} if feature_norm else {}))
+        formats.export_keras(model, folder / "model.keras")
+        assert leftovers(folder) == ["model.keras"]
+        models[folder / "model.keras"] = model
+    fresh_python(LOAD, tmp_path / "x.npy", *models)
+    for path, model in models.items():
+        assert_close(np.load(f"{path}.npy"), model(pixels()))
 
 
 def test_keras_file_with_switchable_whitening(tmp_path):
@@ -110,36 +111,25 @@ def test_keras_file_of_another_name(tmp_path):
         formats.export_keras(make(), tmp_path / "model.h5")
 
 
-def export(*flags):
-    return subprocess.run(
-        [sys.executable, "recipes/export.py", *map(str, flags)],
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_recipe(tmp_path):
     model = make()
     version = etfzoo.publish(model, tmp_path / "rn18_etf.x")
-    onnx = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/new/m.onnx")
-    assert onnx.returncode == 0, onnx.stderr
-    assert "ONNX Runtime differs from Keras by" in onnx.stdout
+    flags = f"--model={version}", "--format=onnx", f"--output={tmp_path}/new/m.onnx"
+    assert "ONNX Runtime differs from Keras by" in run_recipe("export", *flags)
     assert_close(run_onnx(tmp_path / "new/m.onnx", pixels())[1], model(pixels()))
+    (tmp_path / "m.onnx").touch()
+    flags = f"--model={version}", "--format=onnx", f"--output={tmp_path}/m.onnx"
+    again = run_recipe("export", *flags, code=2)
+    assert again == f"error: {tmp_path}/m.onnx already exists; choose another --output\n"
+    bad = run_recipe("export", f"--model={version}", "--format=tflite", code=2)
+    assert bad.startswith("error: unknown format 'tflite'")
 
 
 @pytest.mark.slow
-def test_recipe_with_other_flags(tmp_path):
+def test_recipe_stores_halves(tmp_path):
     model = make()
     version = etfzoo.publish(model, tmp_path / "rn18_etf.x")
-    (tmp_path / "m.onnx").touch()
-    again = export(f"--model={version}", "--format=onnx", f"--output={tmp_path}/m.onnx")
-    assert again.returncode == 2
-    assert again.stderr == f"error: {tmp_path}/m.onnx already exists; choose another --output\n"
-    half = export(f"--model={version}", "--storage=float16", f"--output={tmp_path}/half")
-    assert half.returncode == 0, half.stderr
+    run_recipe("export", f"--model={version}", "--storage=float16", f"--output={tmp_path}/half")
     served = tf.saved_model.load(str(tmp_path / "half" / "1"))
     logits = served.signatures["serving_default"](images=pixels())["logits"]
     assert_close(logits, model(pixels()), 1e-2)
-    bad = export(f"--model={version}", "--format=tflite")
-    assert bad.returncode == 2 and bad.stderr.startswith("error: unknown format 'tflite'")

@@ -14,6 +14,9 @@ from testing import randomize
 WEIGHTS = (mutations.DATA, mutations.INDEX)
 
 
+pytestmark = pytest.mark.usefixtures("shallow_rn18")
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A version and one of another network; and a server of the folder `site` beside them."""

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,23 +16,16 @@ from etfzoo.training import loop, publish_run
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import card, index, manifest
-from testing import CHECKOUT, randomize
+from testing import CHECKOUT, randomize, run_recipe
 
 NAME = "rn18_etf.digits"
 
 
-def publish(*flags, code=0, **environment):
-    run = subprocess.run(
-        [sys.executable, str(CHECKOUT / "recipes/publish.py"), *map(str, flags)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == code, run.stdout + run.stderr[-3000:]
-    if code:
-        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
-    return run.stderr if code else run.stdout
+def publish(*flags, code=0):
+    return run_recipe("publish", *flags, code=code)
+
+
+pytestmark = pytest.mark.usefixtures("shallow_rn18")
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def embedded_dir(tmp_path_factory):
-    """TFDS data directory of the embedded data sets, each prepared by the first who asks for it."""
-    return tmp_path_factory.mktemp("embedded")
+    """TFDS data directory with digits; who resolves the shapes first draws them there."""
+    from etfzoo.data import shapes
+
+    directory = tmp_path_factory.mktemp("embedded")
+    shapes.prepare(directory, ["digits"])
+    return directory
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ class NeuralCollapseStatistics:
         >>> seen.update(features[:150], labels[:150])
         >>> seen.update(features[150:], labels[150:])
         >>> round(seen.result()["nc1_ratio"], 2)
-        0.05
+        0.04
     """
 
     def __init__(self, num_classes: int, dim: int):

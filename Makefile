@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | clean. Each sets up .venv by itself, once.
+# make demo | test | test-slow | lint | docs | clean. Each sets up .venv by itself, once.
 #
 #   PYTHON     interpreter for a new .venv     make test PYTHON=python3.12
 #   TESTFLAGS  more arguments for pytest       make test TESTFLAGS="-x tests/frames_test.py"
@@ -13,7 +13,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 BUSY := $(VENV)/.installing
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: $(READY)
 	$(RUN) recipes/demo.py --workdir=demo_output
@@ -35,6 +35,13 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
 	$(RUN) -m mypy
+
+# Material announces on each build the end of its own life; no reader of these pages can act on that.
+docs: $(READY)
+	@$(RUN) -c 'import material, mkdocs, mkdocstrings_handlers.python' 2>/dev/null || \
+		$(RUN) -m pip --disable-pip-version-check install -qq -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	@echo "built: .build/docs/index.html"
 
 # Leaves .venv and runs/ alone.
 clean:

@@ -10,7 +10,7 @@ Several learning rates (comma separated): each is trained on one part of the tra
 compared on the other, for --search_epochs; the best is trained again on all of it.
 
 Stop it at any moment and start it again: it goes on at the same step. To expect: see
-recipes/README.md for measured times and accuracies.
+docs/results.md for measured times and accuracies.
 """
 
 from etfzoo.cli import app, configs, flags

@@ -25,6 +25,13 @@ def preprocess(model, images) -> np.ndarray:
     Raises:
         EtfzooError: no image, another shape, type or range, a file that cannot be read, or a model
             without an image size.
+
+    Examples:
+        >>> import etfzoo, numpy as np
+        >>> model = etfzoo.build_classifier("rn18", 7, input_shape=(32, 32, 3))
+        >>> photo, drawing = np.zeros((48, 64, 3), np.uint8), np.full((90, 60, 3), 255.0)
+        >>> etfzoo.preprocess(model, [photo, drawing]).shape
+        (2, 32, 32, 3)
     """
     from etfzoo.data import augment
 
@@ -63,6 +70,17 @@ def decode_predictions(
     Raises:
         EtfzooError: a model without head, another number of classes, values that are not finite,
             or that contradict `from_logits`.
+
+    Examples:
+        >>> import etfzoo
+        >>> names = ("ant", "bee", "cat")
+        >>> model = etfzoo.build_classifier(
+        ...     "rn18", 3, input_shape=(32, 32, 3), class_names=names
+        ... )
+        >>> for class_id, label, score in etfzoo.decode_predictions(model, [[0, 3, 1]], top=2)[0]:
+        ...     print(class_id, label, round(score, 3))
+        1 bee 0.844
+        2 cat 0.114
     """
     spec = model.spec
     if spec.head is None:

@@ -48,6 +48,17 @@ class ETFClassifier(keras.layers.Layer):
 
     Raises:
         ValueError: K < 2, p < K-1, features that are not rank 2, or an unknown `feature_norm`.
+
+    Examples:
+        Rows of length 1, and the cosine -1/(K-1) between any two:
+
+        >>> import etfzoo, numpy as np
+        >>> layer = etfzoo.layers.ETFClassifier(num_classes=5)
+        >>> layer(np.ones((2, 16), "float32")).shape.as_list()
+        [2, 5]
+        >>> w = np.asarray(layer.kernel).T
+        >>> np.allclose(w @ w.T, 1.25 * np.eye(5) - 0.25, atol=1e-6)
+        True
     """
 
     def __init__(self, num_classes, scale=1.0, feature_norm="none", seed=0, **kwargs):

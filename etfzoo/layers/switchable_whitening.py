@@ -60,6 +60,17 @@ class SwitchableWhitening(keras.layers.Layer):
     Raises:
         ValueError: unknown `sw_type`, other arguments out of range, channels that `group_size`
             does not divide, inputs of rank below 2, or a mask.
+
+    Examples:
+        Batch whitening leaves channels without correlation:
+
+        >>> import etfzoo, numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(64, 8, 8, 4)).astype("float32")
+        >>> x[..., 1] += x[..., 0]
+        >>> layer = etfzoo.layers.SwitchableWhitening(group_size=4, sw_type=1, iterations=10)
+        >>> y = np.asarray(layer(x, training=True)).reshape(-1, 4)
+        >>> np.allclose(np.cov(y.T), np.eye(4), atol=1e-2)
+        True
     """
 
     def __init__(

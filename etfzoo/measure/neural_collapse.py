@@ -36,6 +36,17 @@ class NeuralCollapseStatistics:
 
     Attributes:
         count: examples of each class, int64 `[K]`.
+
+    Examples:
+        >>> import etfzoo, numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat(np.arange(3), 100)
+        >>> features = 10 * np.eye(3)[labels] + rng.normal(size=(300, 3))
+        >>> seen = etfzoo.neural_collapse.NeuralCollapseStatistics(num_classes=3, dim=3)
+        >>> seen.update(features[:150], labels[:150])
+        >>> seen.update(features[150:], labels[150:])
+        >>> round(seen.result()["nc1_ratio"], 2)
+        0.04
     """
 
     def __init__(self, num_classes: int, dim: int):
@@ -293,6 +304,11 @@ def scalars(result: dict, prefix: str) -> dict[str, float]:
     Args:
         result: see `NeuralCollapseStatistics.result`.
         prefix: what the names begin with, e.g. `"nc/test/"`.
+
+    Examples:
+        >>> import etfzoo
+        >>> etfzoo.neural_collapse.scalars({"nc1": 0.5, "classes": 3}, "nc/test/")
+        {'nc/test/nc1': 0.5}
     """
     return {prefix + name: value for name, value in result.items() if isinstance(value, float)}
 

@@ -192,6 +192,14 @@ def build_classifier(
     Raises:
         EtfzooError: a name that is not known or shapes that do not fit.
         ValueError: an ETF that does not exist (see `etfzoo.layers.ETFClassifier`).
+
+    Examples:
+        >>> import etfzoo
+        >>> model = etfzoo.build_classifier("rn18", 7, head="etf", input_shape=(32, 32, 3))
+        >>> model.output_shape
+        (None, 7)
+        >>> model.get_layer("logits").trainable_variables
+        []
     """
     return ImageClassifier(
         ClassifierSpec(
@@ -223,6 +231,13 @@ def replace_head(
         head: `"linear"`, `"etf"` or None (features).
         **changes: other fields of ClassifierSpec that change, e.g. `input_shape`, `class_names`;
             class names and feature normalisation are not taken over from the old head.
+
+    Examples:
+        >>> import etfzoo
+        >>> model = etfzoo.build_classifier("rn18", 7, head="etf", input_shape=(32, 32, 3))
+        >>> flowers = etfzoo.replace_head(model, 102)
+        >>> flowers.spec.head, flowers.output_shape
+        ('linear', (None, 102))
     """
     defaults: dict = {"class_names": None, "class_descriptions": None, "scale": None}
     defaults |= {"feature_norm": "none"}
@@ -239,7 +254,22 @@ def is_head_variable(path: str) -> bool:
 
 
 def feature_model(model: ImageClassifier, taps=("features",)) -> keras.Model:
-    """A Keras model from images to a dict of the named taps (see ImageClassifier.taps)."""
+    """A Keras model from images to a dict of the named taps (see ImageClassifier.taps).
+
+    Args:
+        model: the classifier.
+        taps: names of what is given.
+
+    Raises:
+        EtfzooError: a tap that is not known, with close matches.
+
+    Examples:
+        >>> import etfzoo, numpy as np
+        >>> model = etfzoo.build_classifier("rn18", None, head=None, input_shape=(32, 32, 3))
+        >>> found = etfzoo.feature_model(model, ["stage3", "features"])(np.zeros((1, 32, 32, 3)))
+        >>> {name: tuple(value.shape) for name, value in sorted(found.items())}
+        {'features': (1, 512), 'stage3': (1, 2, 2, 256)}
+    """
     for tap in taps:
         if tap not in model.taps:
             raise unknown("tap", tap, model.taps)

@@ -57,7 +57,7 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
         pretrained: gives the model of `config.init` where several runs share it; None loads it.
 
     Returns:
-        the metrics of the last epoch on the evaluation split, see `evaluation.summary`, with
+        the metrics of the last epoch on the evaluation split, see `accuracy.summary`, with
         `train_loss`, `train_top1`, `epoch` and `step`; with `neural_collapse_every` also
         `nc/<split>/<measure>`, see `etfzoo.measure.neural_collapse`.
 

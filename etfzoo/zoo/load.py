@@ -71,6 +71,17 @@ def load(
     Raises:
         EtfzooError: unknown name (with close matches), no published weights, a download that
             fails, a folder that holds no model or a damaged one.
+
+    Examples:
+        With the model that the example of `etfzoo.publish` wrote:
+
+        >>> import etfzoo
+        >>> etfzoo.load("models/rn18_etf.birds").output_shape
+        (None, 7)
+        >>> etfzoo.load("models/rn18_etf.birds", num_classes=37).spec.head
+        'linear'
+        >>> etfzoo.load("models/rn18_etf.birds", head=None).output_shape
+        (None, 512)
     """
     source = _find(name_or_path)
     if load_weights or _has_address(source):  # with its files the spec is the exact one
@@ -113,6 +124,13 @@ def spec(name_or_path) -> ClassifierSpec:
 
     Raises:
         EtfzooError: as `load`, but for weights that are not published.
+
+    Examples:
+        With the model that the example of `etfzoo.publish` wrote:
+
+        >>> import etfzoo
+        >>> etfzoo.spec("models/rn18_etf.birds").input_shape
+        (32, 32, 3)
     """
     source = _find(name_or_path)
     if source.workdir is not None:
@@ -125,6 +143,11 @@ def list_models(filter: str = "*") -> list[str]:
 
     Args:
         filter: shell pattern, e.g. `"rn50_*"`.
+
+    Examples:
+        >>> import etfzoo
+        >>> etfzoo.list_models("rn50_*.in1k")
+        ['rn50_etf.in1k', 'rn50_linear.in1k', 'rn50_sw.in1k']
     """
     return sorted(fnmatch.filter({*_local_names(), *index.read().models}, filter))
 
@@ -145,6 +168,14 @@ def info(name_or_path) -> dict:
 
     Raises:
         EtfzooError: as `load`.
+
+    Examples:
+        >>> import etfzoo
+        >>> found = etfzoo.info("rn101_etf")
+        >>> found["name"], found["num_classes"], found["input_shape"]
+        ('rn101_etf.in1k', 1000, (224, 224, 3))
+        >>> found["command"]
+        'python recipes/pretrain.py --backbone=rn101 --head=etf'
     """
     source = _find(name_or_path)
     if source.workdir is not None:

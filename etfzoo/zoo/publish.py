@@ -90,6 +90,13 @@ def publish(
     Raises:
         EtfzooError: not an ImageClassifier, another backend, an existing version, values that are
             not JSON, or a folder that cannot be written; then nothing is left behind.
+
+    Examples:
+        >>> import etfzoo
+        >>> model = etfzoo.build_classifier("rn18", 7, input_shape=(32, 32, 3))
+        >>> folder = etfzoo.publish(model, "models/rn18_etf.birds", licence="Apache-2.0")
+        >>> folder.as_posix()
+        'models/rn18_etf.birds/1'
     """
     check_backend()
     if not isinstance(model, ImageClassifier):

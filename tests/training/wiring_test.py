@@ -493,6 +493,9 @@ def test_knn_picks_k_on_the_selection_split(frozen, tmp_path):
     by = [(a["on"], a["metric"]) for a in frozen["accuracy"]]
     assert by == [("select", "mean_per_class")] * 2 + [("test", "top1"), ("test", "mean_per_class")]
     assert result["examples"] == ROLES["test"]
+    assert transfer.knn(config, tmp_path) == result and len(frozen["load"]) == 4  # not again
+    with pytest.raises(EtfzooError, match="holds a run that is not a linear probe"):
+        transfer.linear_probe(config, tmp_path)
 
 
 def test_a_probe_picks_its_strength_on_the_selection_split(frozen, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from config_test import FIELDS, OTHER
+from sklearn.linear_model import LogisticRegression
 
 import etfzoo
 from etfzoo.data.augmentation import Augmentation
@@ -22,6 +23,7 @@ from etfzoo.data.datasets import DATASETS, Dataset
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.source import Source
 from etfzoo.data.sources import resolve
+from etfzoo.errors import EtfzooError
 from etfzoo.measure import accuracy, neural_collapse
 from etfzoo.measure.features import Features
 from etfzoo.models.checkpoint import load_model
@@ -31,7 +33,7 @@ from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 
 # 3 replicas take 4 images each; 6 steps an epoch.
-CHANGED = OTHER | {"batch_size": 12}
+CHANGED = OTHER | {"batch_size": 12, "checkpoint_every": 7}
 REPLICAS, STEPS = 3, 6
 SGD = keras.optimizers.SGD
 ROW = Dataset("pictures", 5, fit="one", select="two", test="three", metric="mean_per_class")
@@ -86,6 +88,7 @@ class Images:
 
     def training(self, split, epoch, start_step=0, share=None):
         self.calls.note("training", split=split, epoch=epoch, start=start_step, side=self.side)
+        self.calls.note("share", share=share)
         return []
 
     def evaluation(self, split, share=None):
@@ -120,7 +123,8 @@ class Part(types.SimpleNamespace):
 def stepper(calls):
     def train(batches, steps=1, stop=False):
         calls.note("steps", count=steps)
-        return np.array([12.0 * steps, 6.0 * steps, 12.0 * steps, 0.0])
+        epoch = calls["training"][-1]["epoch"] + 1  # which loss and accuracy tell
+        return np.array([12.0 * epoch, epoch, 12.0, 0.0]) * steps
 
     return Part(train=train)
 
@@ -173,7 +177,7 @@ def spied_run(config, workdir, patch):
     replace(backend, "Stepper", lambda a: stepper(calls))
     replace(backend, "device_cache", lambda a: Images(calls, a["pipeline"].side))
     replace(backend, "evaluation_step", lambda a: Part(model=a["model"]))
-    patch.setattr(backend, "distribute", lambda strategy, of: of(None))
+    patch.setattr(backend, "distribute", lambda strategy, of: of("its share"))
     for name in ("set_determinism", "synchronize", "use_full_float32"):
         replace(backend, name)
     loop.train_and_evaluate(config, workdir)
@@ -270,10 +274,10 @@ SEEN = {
         [(a["epoch"] + 1, a["split"]) for a in run["features"]],
         [(epoch, split) for epoch in (3, 6, 7) for split in ("fit", "select")],
     ),
-    # At the first look after every 11 steps; and after each evaluation.
+    # At the first look after every 7 steps; and after each evaluation.
     "checkpoint_every": lambda run: (
         run.all("save", "step"),
-        [12, 12, 22, 24, 34, 36, 42],
+        [10, 12, 16, 22, 24, 28, 36, 36, 42, 42],
     ),
     "skip_corrupt": lambda run: (
         (run.all("find_corrupt", "splits"), run.all("Pipeline", "corrupt")),
@@ -325,7 +329,10 @@ def test_the_best_epoch_is_the_one_that_scored_best(run):
     assert [a["epoch"] for a in run["save"] if a["best"]] == [2, 4]
     result = run.workdir.read_result()
     assert result["top1"] == SCORES[-1] and result["epoch"] == 7 and result["step"] == 42
-    assert result["train_loss"] == 1 and result["train_top1"] == 0.5
+    rows = run.workdir.history()
+    assert rows[-1] == result and [row["step"] for row in rows] == list(range(6, 43, 6))
+    assert [row["train_loss"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["train_top1"] for row in rows] == [n / 12 for n in (1, 2, 3, 4, 5, 6, 7)]
 
 
 def test_a_deterministic_run_leaves_xla_off(tmp_path, monkeypatch):
@@ -337,7 +344,8 @@ def test_a_deterministic_run_leaves_xla_off(tmp_path, monkeypatch):
     assert not {"device_cache", "WeightAverage", "use_full_float32", "find_corrupt"} & set(calls)
     assert type(calls["Stepper"][0]["optimizer"]) is SGD
     assert calls.all("build_classifier", "dtype") == ["float32"]
-    assert set(calls.all("training", "split")) == {"fit"}  # by way of the pipeline
+    assert calls.all("training", "split") == ["fit"] * 7  # by way of the pipeline
+    assert calls.all("share", "share") == ["its share"] * 7
 
 
 def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
@@ -368,6 +376,19 @@ def test_corrupt_images_are_looked_for_once_where_there_is_a_workdir(tmp_path, m
         assert json.loads(workdir.corrupt.read_text()) == {"7": "seven.png", "9": "x.png"}
 
 
+def test_a_batch_at_least_and_something_to_evaluate_on(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(build, "Pipeline", lambda *args: Images(calls, 48))
+    whole = TrainConfig(**CHANGED | {"batch_size": SIZES["fit"], "skip_corrupt": False})
+    build.make_pipeline(whole, PICTURES, network(calls))
+    more = dataclasses.replace(whole, batch_size=SIZES["fit"] + 1)
+    with pytest.raises(EtfzooError, match="has 79 images, fewer than one batch; .*=19 or less"):
+        build.make_pipeline(more, PICTURES, network(calls))
+    monkeypatch.setitem(SIZES, "select", 0)
+    with pytest.raises(EtfzooError, match="the evaluation split of pictures is empty"):
+        build.make_pipeline(whole, PICTURES, network(calls))
+
+
 # Selection: what is fitted on what, and compared by what.
 
 
@@ -393,6 +414,20 @@ def test_a_search_compares_by_the_metric_of_the_data_set(tmp_path, monkeypatch):
         assert (candidate.train_split, candidate.eval_split) == ("fit", "select")
         assert (candidate.epochs, candidate.warmup_epochs) == (10, 0.75)
         assert (candidate.step_epochs, candidate.neural_collapse_every) == ((1, 2), 0)
+
+
+def test_a_search_widens_its_grid_until_the_best_lies_inside(tmp_path, monkeypatch):
+    def train(config, workdir):
+        return {"top1": 0.5, "mean_per_class": 1 - abs(config.learning_rate - 0.03)}
+
+    monkeypatch.setattr(search, "get_strategy", lambda *args: Strategy())
+    monkeypatch.setattr(search, "resolve", lambda *args: PICTURES)
+    monkeypatch.setattr(loop, "train_and_evaluate", train)
+    best = search.pick(TrainConfig("x"), tmp_path, (0.1, 0.3), (0.0, 1e-3), widen=True)
+    assert (best.learning_rate, best.weight_decay) == (0.0333333, 0.0)
+    rows = Workdir(tmp_path).read_selection()[::2]
+    assert [row["learning_rate"] for row in rows] == [0.1, 0.3, 0.0333333, 0.0111111]
+    assert [row["widened"] for row in rows] == [False, False, True, True]
 
 
 ROLES = {"fit": 60, "select": 30, "test": 40, "train": 90}
@@ -458,6 +493,9 @@ def test_knn_picks_k_on_the_selection_split(frozen, tmp_path):
     by = [(a["on"], a["metric"]) for a in frozen["accuracy"]]
     assert by == [("select", "mean_per_class")] * 2 + [("test", "top1"), ("test", "mean_per_class")]
     assert result["examples"] == ROLES["test"]
+    assert transfer.knn(config, tmp_path) == result and len(frozen["load"]) == 4  # not again
+    with pytest.raises(EtfzooError, match="holds a run that is not a linear probe"):
+        transfer.linear_probe(config, tmp_path)
 
 
 def test_a_probe_picks_its_strength_on_the_selection_split(frozen, tmp_path, monkeypatch):
@@ -474,10 +512,13 @@ def test_a_probe_picks_its_strength_on_the_selection_split(frozen, tmp_path, mon
     assert {(a["on"], a["metric"]) for a in frozen["accuracy"]} == {("select", "mean_per_class")}
     assert frozen.all("evaluation", "split") == ["test"]
     # The head is the probe of the training split, and that model is kept.
-    ((kernel, bias),) = transfer._fit(frozen.splits["train"], (result["C"],), 5)
+    x, y = frozen.splits["train"]
+    wanted = LogisticRegression(C=result["C"], tol=1e-8, max_iter=10_000)
+    wanted.fit((x - x.mean(0)) / x.std(0), y)
     head = frozen.model.get_layer("logits")
-    np.testing.assert_allclose(head.kernel, kernel, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(head.bias, bias, rtol=1e-3, atol=1e-5)
+    kernel = wanted.coef_.T / x.std(0)[:, None]
+    np.testing.assert_allclose(head.kernel, kernel, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(head.bias, wanted.intercept_ - x.mean(0) @ kernel, rtol=0, atol=1e-3)
     assert seen["saved"][1] is frozen.model
     # Collapse measures are those of the splits that the run is named after.
     for role in ("train", "test"):

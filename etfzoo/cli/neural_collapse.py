@@ -4,8 +4,8 @@
   python recipes/neural_collapse.py --model=rn50_etf --dataset=cifar10 --split=test
   python recipes/neural_collapse.py --model=runs/my_run --dataset=cifar10 --ood_dataset=svhn_cropped
 
-Prints a table and writes json. What each measure is: see etfzoo/measure/neural_collapse.py. nc3 and nc4
-compare the classifier with the class means, and need a model of as many classes as the data has.
+Prints a table and writes json. What each measure is: see etfzoo/measure/neural_collapse.py. nc3 and
+nc4 compare the classifier with the class means, and need a model of as many classes as the data.
 Splits differ in size, which nc1, nc1_ratio, cdnv and tr(C)/p depend on: of several splits the table
 has their unbiased forms, and as nc1_equal NC1 on equally many images of each class. The json has
 all.

@@ -36,8 +36,9 @@ def main():
     from etfzoo.runtime import backend
     from etfzoo.runtime.interruption import StopRequest
     from etfzoo.runtime.strategy import get_strategy
-    from etfzoo.training import build, loop
+    from etfzoo.training import build, identity, loop
     from etfzoo.training.config import TrainConfig
+    from etfzoo.workdir import Workdir
 
     source = resolve(args.dataset, args.data_dir)
     config = TrainConfig(
@@ -69,7 +70,8 @@ def main():
         cpu = re.search(r"model name\s*: (.*)|$", info.read())[1]
     print(f"{cpu}, {os.cpu_count()} cores, TensorFlow {tf.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        run = Timed(config, loop.claim_workdir(config, folder), strategy, pipeline, model, None)
+        known = identity.claim(config, folder, {})
+        run = Timed(config, Workdir(folder), strategy, pipeline, model, None, known)
         run.start, run.seconds = time.monotonic(), 0.0
         bare = backend.repeated(strategy, *(x.numpy() for x in batch))
         rows = []

@@ -23,9 +23,9 @@ _held: set[str] = set()  # by this process, which may ask for a folder again
 def lock(folder, what: str, patience: float = 0.0):
     """Keeps other processes out of a folder; yields the descriptor of the lock, or None.
 
-    The folder is made if need be, and removed at the end if nothing came into it. Processes that
-    inherit the descriptor hold the lock, too. There is none (None is yielded) where this process
-    has it already, on Windows, and where the folder cannot be written.
+    The folder and its parents are made if need be, and removed again if nothing came into it.
+    Processes that inherit the descriptor hold the lock, too. There is none (None is yielded) where
+    this process has it already, on Windows, and where the folder cannot be written.
 
     Args:
         folder: what is locked.
@@ -41,7 +41,7 @@ def lock(folder, what: str, patience: float = 0.0):
     if fcntl is None or key in _held:
         yield None
         return
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = _locked(files.make_directory(folder) / NAME, folder, what, patience)
     _held.add(key)
     try:
@@ -50,7 +50,7 @@ def lock(folder, what: str, patience: float = 0.0):
         _held.discard(key)
         if file:
             if made:
-                _remove_if_empty(folder)
+                _remove_if_empty(made)
             file.close()
 
 
@@ -106,8 +106,9 @@ def _alive(holder):
     return True
 
 
-def _remove_if_empty(folder):
+def _remove_if_empty(folders):
     with contextlib.suppress(OSError):
-        if os.listdir(folder) == [NAME]:
-            (folder / NAME).unlink()
-            folder.rmdir()
+        if os.listdir(folders[0]) == [NAME]:
+            (folders[0] / NAME).unlink()
+            for folder in folders:
+                folder.rmdir()

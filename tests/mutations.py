@@ -171,8 +171,9 @@ class World:
         return found
 
     def cached(self):
-        """Files and folders that are left in the cache."""
-        return sorted(str(p) for p in (self.root / "cache").rglob("*"))
+        """Files and folders that are left in the cache, but for the locks."""
+        found = (p for p in (self.root / "cache").rglob("*") if ".locks" not in p.parts)
+        return sorted(map(str, found))
 
 
 MUTATIONS = {}  # name -> (where it is loaded from, function)

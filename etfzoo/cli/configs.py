@@ -71,8 +71,8 @@ def setting_value(name):
     (part, *_) = typing.get_args(kind)
     try:
         if typing.get_args(part):
-            return [tuple(int(n) for n in text.split(":")) for text in value if text]
-        return [part(text) for text in value if text]
+            return tuple(tuple(int(n) for n in text.split(":")) for text in value if text)
+        return tuple(part(text) for text in value if text)
     except ValueError as error:
         raise etfzoo.EtfzooError(
             f"--{name} takes {'size:epochs pairs' if typing.get_args(part) else 'numbers'} "

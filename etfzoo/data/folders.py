@@ -29,7 +29,7 @@ class _FolderSource(Source):
         return self.files[split]
 
     def fingerprint(self):
-        found = {"classes": list(self.class_names)}
+        found: dict = super().fingerprint()
         for split in ("train", "test"):
             digest = hashlib.sha256()
             for path, label in self.files[split]:

@@ -78,7 +78,7 @@ class _TfdsSource(Source):
             }
             for name, split in sorted(info.splits.items())
         }
-        return {"name": info.full_name, "classes": list(self.class_names)} | splits
+        return super().fingerprint() | {"name": info.full_name} | splits
 
     def size(self, split):
         return self._info(split).num_examples

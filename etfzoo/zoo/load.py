@@ -171,7 +171,7 @@ def info(name_or_path) -> dict:
 
     Examples:
         >>> import etfzoo
-        >>> found = etfzoo.info("rn101_etf")
+        >>> found = etfzoo.info("rn101_etf.in1k")
         >>> found["name"], found["num_classes"], found["input_shape"]
         ('rn101_etf.in1k', 1000, (224, 224, 3))
         >>> found["command"]

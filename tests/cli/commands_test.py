@@ -38,9 +38,7 @@ def run(monkeypatch):
         return called
 
     monkeypatch.setattr(configs, "open_strategy", lambda settings: None)
-    monkeypatch.setattr(
-        "etfzoo.load", lambda handle: types.SimpleNamespace(spec=SPEC), raising=False
-    )
+    monkeypatch.setattr("etfzoo.spec", lambda handle: SPEC, raising=False)
     start.note = note
     yield start
     for name in set(FLAGS) - before:
@@ -59,7 +57,7 @@ def test_pretrain(run):
         "--learning_rate=0.3,0.1", "--widen", "--search_epochs=2", "--seed=3",
     )  # fmt: skip
     config, *rest = given
-    assert rest == ["w", [0.3, 0.1], (), True, 2] and not named
+    assert rest == ["w", (0.3, 0.1), (), True, 2] and not named
     assert (config.learning_rate, config.seed, config.image_size, config.flip) == (
         0.3,
         3,
@@ -83,7 +81,7 @@ def test_finetune(run, mode):
     assert (config.learning_rate, config.weight_decay, config.seed) == (0.3, 0.0, 3)
     assert (config.head, config.protocol, config.epochs) == ("linear", "standard", 50)
     if mode == "full":
-        assert rest == ["w", [0.3, 0.1], [0.0, 0.001], True] and not named
+        assert rest == ["w", (0.3, 0.1), (0.0, 0.001), True] and not named
     else:
         assert rest == ["w"] and named == {"feature_cache": "kept"}
 
@@ -113,8 +111,15 @@ SWEEP = {
     "targets": ("dtd", "stl10"), "seeds": (3, 4), "modes": ("knn",), "protocol": "small",
     "data_dir": "d", "learning_rates": (0.3, 0.1), "source_learning_rates": (0.5, 0.6),
     "source_search_epochs": 2, "epochs": 11, "batch_size": 12, "finetune_epochs": 13,
-    "finetune_batch_size": 14, "image_size": 48, "eval_every": 5, "mixed_precision": "float16",
+    "finetune_batch_size": 14, "image_size": 48, "image_size_schedule": ((32, 2), (40, 3)),
+    "eval_every": 5, "mixed_precision": "float16",
 }  # fmt: skip
+
+
+def _text(value):
+    if not isinstance(value, tuple):
+        return str(value)
+    return ",".join(":".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
 
 
 def test_table1(run):
@@ -124,10 +129,7 @@ def test_table1(run):
     run.note(report, "write", "report.html")
     named = {"root": "workdir", "learning_rates": "learning_rate"}
     named |= {"source_learning_rates": "source_learning_rate"}
-    arguments = [
-        f"--{named.get(name, name)}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-        for name, v in SWEEP.items()
-    ]
+    arguments = [f"--{named.get(name, name)}={_text(v)}" for name, v in SWEEP.items()]
     (_, (settings, command, jobs, gpus), _), (_, written, _) = run("table1", *arguments, "--jobs=3")
     assert dataclasses.asdict(settings) == SWEEP
     assert command.startswith("python recipes/table1.py") and (jobs, gpus) == (3, 0)

@@ -229,7 +229,7 @@ def test_a_corrupt_record_is_named(split, epoch, tmp_path):
             read(pipeline.evaluation(split) if epoch is None else pipeline.training(split, epoch))
     message = str(error.value)
     assert message.startswith(f"{name} ({split} split of folder:{tmp_path})")
-    assert "--skip_corrupt" in message and "\n" not in message
+    assert "`skip_corrupt`" in message and "\n" not in message
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -387,7 +387,7 @@ def test_unknown_data_set(name, message, embedded_dir):
 
 
 def test_missing_data_directory(tmp_path):
-    with pytest.raises(EtfzooError, match="nowhere does not exist; check --data_dir"):
+    with pytest.raises(EtfzooError, match="nowhere does not exist; check `data_dir`"):
         sources.resolve("digits", str(tmp_path / "nowhere"))
 
 

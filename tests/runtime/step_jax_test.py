@@ -52,10 +52,10 @@ assert keras.backend.backend() == "jax"
 for name, arguments, message in (
     ("mirored", (), "did you mean mirrored"),
     ("multiworker", (), "KERAS_BACKEND=tensorflow"),
-    ("tpu", ("grpc://there",), "leave out --tpu"),
+    ("tpu", ("grpc://there",), "leave out `tpu`"),
     ("tpu", (), "JAX sees no TPU"),
     ("mirrored", (None, 0), "at least 1"),
-    ("one_device", (None, 2), "goes with --strategy=mirrored"),
+    ("one_device", (None, 2), "goes with `strategy=mirrored`"),
 ):
     with pytest.raises(EtfzooError, match=message):
         get_strategy(name, *arguments)

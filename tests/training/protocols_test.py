@@ -83,7 +83,9 @@ def test_fine_tuning_of_standard_is_assumed_where_its_source_has_other_values():
     assumed = set(protocols.assumed("standard", "finetune"))
     assert {"batch_size", "epochs", "weight_decay", "min_area"} <= assumed
     assert not {"nesterov", "schedule", "momentum"} & assumed  # given in its source
-    assert "--initializer=he_fan_out --zero_gamma" in protocols.notes("standard", "pretrain")[0]
+    assert (
+        "`initializer=he_fan_out` with `zero_gamma`" in protocols.notes("standard", "pretrain")[0]
+    )
 
 
 def test_strong_is_torchvisions_recipe_with_rand_augment():

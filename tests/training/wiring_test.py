@@ -167,7 +167,7 @@ def spied_run(config, workdir, patch):
     replace(keras.utils, "set_random_seed")
     replace(build, "build_classifier", lambda a: network(calls))
     replace(build, "replace_head", lambda a: network(calls))
-    patch.setattr("etfzoo.zoo.load.load", lambda handle: f"model {handle}")
+    patch.setattr("etfzoo.training.build.load", lambda handle: f"model {handle}")
     replace(build.initialization, "initialize")
     replace(build, "find_corrupt", lambda a: {7: "seven.png", 9: "nine.png"})
     replace(build, "Pipeline", lambda a: Images(calls, a["height"], a["corrupt"]))
@@ -382,7 +382,7 @@ def test_a_batch_at_least_and_something_to_evaluate_on(monkeypatch):
     whole = TrainConfig(**CHANGED | {"batch_size": SIZES["fit"], "skip_corrupt": False})
     build.make_pipeline(whole, PICTURES, network(calls))
     more = dataclasses.replace(whole, batch_size=SIZES["fit"] + 1)
-    with pytest.raises(EtfzooError, match="has 79 images, fewer than one batch; .*=19 or less"):
+    with pytest.raises(EtfzooError, match="has 79 images, fewer than one batch; .*=19` or less"):
         build.make_pipeline(more, PICTURES, network(calls))
     monkeypatch.setitem(SIZES, "select", 0)
     with pytest.raises(EtfzooError, match="the evaluation split of pictures is empty"):
@@ -395,7 +395,7 @@ def test_a_batch_at_least_and_something_to_evaluate_on(monkeypatch):
 def test_a_search_compares_by_the_metric_of_the_data_set(tmp_path, monkeypatch):
     seen = []
 
-    def train(config, workdir):
+    def train(config, workdir, pretrained):
         seen.append(config)
         return {"top1": config.learning_rate, "mean_per_class": 1 - config.learning_rate}
 
@@ -417,7 +417,7 @@ def test_a_search_compares_by_the_metric_of_the_data_set(tmp_path, monkeypatch):
 
 
 def test_a_search_widens_its_grid_until_the_best_lies_inside(tmp_path, monkeypatch):
-    def train(config, workdir):
+    def train(config, workdir, pretrained):
         return {"top1": 0.5, "mean_per_class": 1 - abs(config.learning_rate - 0.03)}
 
     monkeypatch.setattr(search, "get_strategy", lambda *args: Strategy())

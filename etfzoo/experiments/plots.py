@@ -75,10 +75,10 @@ def accuracy_by_domain(domains, lines: dict[str, list[tuple[float, float, float]
     figure = Figure(figsize=(1.5 + 1.4 * len(domains), 3.4))
     axes = figure.subplots()
     for number, (method, values) in enumerate(lines.items()):
-        values = 100 * np.asarray(values)
+        percent = 100 * np.asarray(values)
         places = np.arange(len(domains)) + 0.12 * (number - (len(lines) - 1) / 2)
-        errors = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
-        axes.errorbar(places, values[:, 0], yerr=errors, fmt="o-", capsize=4, label=method)
+        errors = [percent[:, 0] - percent[:, 1], percent[:, 2] - percent[:, 0]]
+        axes.errorbar(places, percent[:, 0], yerr=errors, fmt="o-", capsize=4, label=method)
     axes.set_xticks(range(len(domains)), domains)
     axes.set_ylabel("test top-1 (%), 95 % interval")
     axes.set_ylim(0, 100)

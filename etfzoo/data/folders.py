@@ -29,7 +29,7 @@ class _FolderSource(Source):
         return self.files[split]
 
     def fingerprint(self):
-        found: dict = super().fingerprint()
+        found = super().fingerprint()
         for split in ("train", "test"):
             digest = hashlib.sha256()
             for path, label in self.files[split]:

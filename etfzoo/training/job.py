@@ -10,7 +10,6 @@ from etfzoo.data.datasets import DATASETS
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
-from etfzoo.workdir import Workdir
 
 MODES = ("full", "linear_probe", "knn")
 # What a pretrained model tells by itself.
@@ -47,10 +46,6 @@ class Job:
 
     def run(self) -> dict:
         """Does it, or goes on where it was stopped; returns the figures of `result.json`."""
-        with Workdir(Path(self.workdir)).lock():
-            return self._run()
-
-    def _run(self):
         from etfzoo.training import loop, search, transfer
 
         if self.mode == "linear_probe":

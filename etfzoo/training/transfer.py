@@ -44,7 +44,6 @@ def _alone(function):
     return locked
 
 
-@_alone
 def finetune(
     config: TrainConfig, workdir, learning_rates=(), weight_decays=(), widen=False
 ) -> dict:

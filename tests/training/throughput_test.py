@@ -12,7 +12,7 @@ from etfzoo.data.pipeline import Pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.training import throughput
 from etfzoo.training.config import TrainConfig
-from testing import run_recipe
+from testing import finish, run_recipe, start_recipe
 
 
 def test_works_take_turns_and_all_their_images_count():
@@ -75,7 +75,7 @@ def check_benchmark(out, path, methods):
             assert rate["lowest"] <= rate["median"] <= rate["highest"]
             assert f"| {rate['median']:.1f} ({rate['lowest']:.1f} to" in out
         # 11 million float32 weights and their velocity alone
-        assert row["memory_of"] == "process" and 2 * 4 * 11e6 < row["peak_memory"] < 16e9
+        assert row["memory_of"] == "process" and 2 * 4 * 11e6 < row["peak_memory"]
     assert document["hardware"] in out
 
 
@@ -89,10 +89,12 @@ def test_benchmark_prints_what_it_writes(tmp_path):
 def test_benchmark_goes_on_when_a_combination_fails(tmp_path):
     path = tmp_path / "here.json"
     flags = ("--method=etf,linear,sw", "--num_classes=600", f"--output={path}")
-    out = run_recipe("benchmark", *BENCHMARK, *flags, code=2)
+    # in a process of its own: the peak is the process's, with all tests that ran before in it
+    out = finish("benchmark", start_recipe("benchmark", *BENCHMARK, *flags), code=2)
     assert "1 of 3 combinations failed" in out and "rn18 etf none 16 4 auto" in out
     assert "no simplex ETF of 600 classes exists in 512 dimensions" in out
     check_benchmark(out, path, ["linear", "sw"])
+    assert all(row["peak_memory"] < 4e9 for row in json.loads(path.read_text())["rows"])
 
 
 @pytest.mark.parametrize(

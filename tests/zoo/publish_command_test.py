@@ -110,7 +110,7 @@ def test_from_a_workdir_to_a_name(workdir, tmp_path):
 
     before = contents(zoo)
     message = publish(*flags, *listed, "--version=1", code=2)
-    assert f"{folder} already exists; choose another `version`" in message
+    assert f"{folder} already exists; choose another --version" in message
     assert contents(zoo) == before
 
     entry = {"index_path": zoo / "index.json", "url": "http://127.0.0.1:9/zoo"}

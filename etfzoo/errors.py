@@ -1,6 +1,7 @@
 """Errors that a user can act on: one line saying what was wrong and what to do."""
 
 import difflib
+import re
 
 
 class EtfzooError(ValueError):
@@ -26,6 +27,15 @@ def unknown(kind: str, name: str, choices) -> EtfzooError:
 
 
 def first_line(error) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    lines = str(getattr(error, "message", None) or error).strip().splitlines()
+    """The first line of an exception's message, or its type where it has none.
+
+    Of an error of TensorFlow what the operation says, without where it stands in a graph.
+    """
+    text = str(getattr(error, "message", None) or error).partition("\n\t [[")[0].strip()
+    if text.startswith("Graph execution error"):
+        text = text.splitlines()[-1]
+    text = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", text)
+    if text.startswith("assertion failed: ["):
+        text = text[len("assertion failed: [") : -1].replace("] [", " ")
+    lines = text.splitlines()
     return lines[0] if lines else type(error).__name__

@@ -21,6 +21,15 @@ def open_strategy(settings):
     return get_strategy(name, settings.tpu, settings.num_virtual_devices)
 
 
+def open_source(name):
+    """A data set by its name, without its broken images where --skip_corrupt says so."""
+    from etfzoo.data.readable import readable
+    from etfzoo.data.sources import resolve
+
+    source = resolve(name, FLAGS.data_dir)
+    return readable(source) if FLAGS.skip_corrupt else source
+
+
 def print_profile(config):
     """Measures a run without writing anything, and says what it waits for."""
     from etfzoo.training import throughput
@@ -152,7 +161,12 @@ def print_predictions(paths, predictions):
     from etfzoo.experiments import html
 
     rows = [
-        [str(path), *(f"{label} {100 * score:.1f} %" for label, score in classes)]
+        [_printable(path), *(f"{label} {100 * score:.1f} %" for label, score in classes)]
         for path, classes in zip(paths, predictions, strict=True)
     ]
     print(html.text_table([["image", *map(str, range(1, len(rows[0])))], *rows]), flush=True)
+
+
+def _printable(path) -> str:
+    """A path with a mark for each byte that is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")

@@ -15,7 +15,6 @@ from etfzoo.cli.flags import FLAGS
 def main():
     import etfzoo
     from etfzoo import files
-    from etfzoo.data import sources
     from etfzoo.experiments import plots
     from etfzoo.measure import accuracy
     from etfzoo.runtime.interruption import exit_if_worker_lost
@@ -27,7 +26,7 @@ def main():
     with strategy.scope():
         model = etfzoo.load(FLAGS.model)
     with exit_if_worker_lost(strategy):
-        source = chief_first(strategy, lambda: sources.resolve(FLAGS.dataset, FLAGS.data_dir))
+        source = chief_first(strategy, lambda: configs.open_source(FLAGS.dataset))
         predictions = accuracy.evaluate(model, source, FLAGS.split, FLAGS.batch_size, strategy)
         wait_for_all(strategy)
     if not is_chief(strategy):

@@ -101,7 +101,6 @@ def _made(random_features):
 
 def _extracted(etfzoo):
     """Features of a model: train, test, title."""
-    from etfzoo.data import sources
     from etfzoo.measure.features import extract
 
     if not FLAGS.model:
@@ -111,7 +110,7 @@ def _extracted(etfzoo):
         )
     size = FLAGS.image_size
     model = etfzoo.load(FLAGS.model, head=None, input_shape=(size, size, 3) if size else None)
-    source = sources.resolve(FLAGS.dataset, FLAGS.data_dir)
+    source = configs.open_source(FLAGS.dataset)
     train, test = (extract(model, source, split, FLAGS.batch_size) for split in ("train", "test"))
     name = os.path.basename(FLAGS.model.rstrip("/"))
     return train, test, f"features of {name} on {source.name}"

@@ -27,7 +27,6 @@ from etfzoo.workdir import Workdir, folder_name
 def main():
     import etfzoo
     from etfzoo import files
-    from etfzoo.data import sources
     from etfzoo.experiments import figures
     from etfzoo.measure.features import extract
     from etfzoo.models.classifier import replace_head
@@ -42,7 +41,7 @@ def main():
     target = folder_name(FLAGS.dataset)
     output = Path(FLAGS.workdir or f"runs/figure3/{target}")
     tuned = [_finetuned(handle) for handle in FLAGS.models]  # wrong workdirs fail before training
-    source = sources.resolve(FLAGS.dataset, FLAGS.data_dir)
+    source = configs.open_source(FLAGS.dataset)
     rows = {"fine-tuned": {}, "frozen": {}}
     table = []
     for name, handle, workdir in zip(names, FLAGS.models, tuned, strict=True):

@@ -107,7 +107,7 @@ def training_flags(protocol, dataset, lists=(), **defaults):
 
 def data_flags(dataset):
     """Which images, and where they are."""
-    settings("dataset", "data_dir", dataset=dataset)
+    settings("dataset", "data_dir", "skip_corrupt", dataset=dataset)
 
 
 def strategy_flags():

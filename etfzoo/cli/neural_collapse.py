@@ -22,7 +22,6 @@ from etfzoo.workdir import folder_name
 def main():
     import etfzoo
     from etfzoo import files
-    from etfzoo.data import sources
     from etfzoo.data.pipeline import evaluation_pipeline
     from etfzoo.experiments import html
     from etfzoo.measure import features
@@ -38,7 +37,7 @@ def main():
     extractor = features.Extractor(model, strategy)
 
     def load(name, split):
-        source = chief_first(strategy, lambda: sources.resolve(name, FLAGS.data_dir))
+        source = chief_first(strategy, lambda: configs.open_source(name))
         pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
         return extractor.load(pipeline, split, FLAGS.feature_cache or None), source.num_classes
 

@@ -19,6 +19,7 @@ BARS = 40  # characters of the longest bar of the histogram
 
 def main(arguments):
     import etfzoo
+    from etfzoo import files
     from etfzoo.progress import Progress
     from etfzoo.zoo import serving_client
 
@@ -33,10 +34,7 @@ def main(arguments):
     )
 
     def ask(path):
-        try:
-            image = path.read_bytes()
-        except OSError as error:
-            raise etfzoo.EtfzooError(f"{path} cannot be read: {error.strerror}") from error
+        image = files.read_bytes(path)
         start = time.perf_counter()
         try:
             outputs = client.predict([image], FLAGS.signature)

@@ -221,7 +221,9 @@ class TrainConfig:
     keep_checkpoints: int = setting(
         "Machine", 2, "latest checkpoints that are kept, beside the best", low=1, runtime=True
     )
-    skip_corrupt: bool = setting("Data", False, "check every image first and leave out broken ones")
+    skip_corrupt: bool = setting(
+        "Data", False, "check every image of a split first and leave out broken ones"
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
-from etfzoo.data import augment
+from etfzoo.data import augment, decoding
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models import folding
 from etfzoo.models.classifier import ImageClassifier, feature_model
@@ -279,8 +279,8 @@ def _signatures(spec, forward):
 
     def pixels(image_bytes):
         return tf.map_fn(
-            lambda b: augment.evaluation_image(augment.check_size(b), height, width, spec.crop),
-            _checked(image_bytes, [None]),
+            lambda b: augment.evaluation_image(b, height, width, spec.crop),
+            decoding.check_request(_checked(image_bytes, [None])),
             fn_output_signature=tf.TensorSpec([height, width, channels], tf.float32),
         )
 

@@ -3,6 +3,8 @@
 import difflib
 import re
 
+_SHOWN = 120  # letters of a value in a message
+
 
 class EtfzooError(ValueError):
     """Bad input or a broken environment; recipes print the message and exit with code 2."""
@@ -21,9 +23,15 @@ def unknown(kind: str, name: str, choices) -> EtfzooError:
         choices: the names that exist.
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(str(name)[:_SHOWN], choices, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
-    return EtfzooError(f"unknown {kind} {name!r}; {hint}")
+    return EtfzooError(f"unknown {kind} {shown(name)}; {hint}")
+
+
+def shown(value) -> str:
+    """A value as a message shows it: not all of a very long one."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def first_line(error) -> str:

@@ -61,11 +61,10 @@ def read_json(path):
     Raises:
         EtfzooError: no such file, or not JSON.
     """
+    content = read_bytes(path)
     try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise EtfzooError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise EtfzooError(f"{path} is not valid JSON: {error}") from error
 
 

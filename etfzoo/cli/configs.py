@@ -2,13 +2,12 @@
 
 import dataclasses
 import os
-import typing
 
 import etfzoo
 from etfzoo.cli.flags import FLAGS
 from etfzoo.data.datasets import DATASETS
 from etfzoo.training import protocols
-from etfzoo.training.config import TrainConfig, kind_of
+from etfzoo.training.config import TrainConfig
 
 
 def open_strategy(settings):
@@ -57,7 +56,7 @@ def train_config(task, **known):
         **known: fields that are not flags, or whose flag lists several values.
     """
     given = {
-        field.name: _value(field)
+        field.name: FLAGS[field.name].value
         for field in dataclasses.fields(TrainConfig)
         if field.name in FLAGS and field.name not in known and FLAGS[field.name].value is not None
     }
@@ -69,23 +68,6 @@ def train_config(task, **known):
     backbone = values.get("backbone", "rn50")
     defaults = protocols.settings(values["protocol"], task, backbone, row)
     return TrainConfig(**(defaults | values))
-
-
-def _value(field):
-    """A setting's value as its flag gives it."""
-    value, (kind, _) = FLAGS[field.name].value, kind_of(field)
-    if not isinstance(value, list):
-        return value
-    (part, *_) = typing.get_args(kind)
-    try:
-        if typing.get_args(part):
-            return [tuple(int(n) for n in text.split(":")) for text in value if text]
-        return [part(text) for text in value if text]
-    except ValueError as error:
-        raise etfzoo.EtfzooError(
-            f"--{field.name} takes {'size:epochs pairs' if typing.get_args(part) else 'numbers'} "
-            f"separated by commas; got {','.join(value)!r}"
-        ) from error
 
 
 def finetune_config(handle, learning_rates=(), weight_decays=()):
@@ -120,22 +102,6 @@ def print_assumed(config, task):
 def data_dir_flag(config) -> str:
     """The `--data_dir` of a run, as it belongs into a suggested next command."""
     return f" --data_dir={config.data_dir}" if config.data_dir else ""
-
-
-def parse_numbers(name, texts=None) -> list[float]:
-    """Values of a `numbers` flag.
-
-    Args:
-        name: of the flag.
-        texts: to be read in place of the flag's own.
-
-    Raises:
-        EtfzooError: one of them is not a number.
-    """
-    try:
-        return [float(text) for text in (FLAGS[name].value if texts is None else texts)]
-    except ValueError as error:
-        raise etfzoo.EtfzooError(f"--{name} takes numbers separated by commas: {error}") from error
 
 
 def image_arguments(arguments):

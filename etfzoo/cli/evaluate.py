@@ -52,10 +52,10 @@ def main():
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.model_flag()
     flags.data_flags("imagenet2012")
     flags.string("Data", "split", "test", "a split, or a role: train, fit, select or test")
-    flags.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    flags.batch_flag(128)
     flags.strategy_flags()
-    flags.string("Files", "output", None, "directory of the report (default: below runs/evaluate)")
+    flags.path("Files", "output", None, "directory of the report (default: below runs/evaluate)")
     app.run(main, __doc__)

@@ -17,6 +17,8 @@ from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
 from etfzoo.workdir import folder_name
 
+MODES = ("full", "linear_probe", "knn")
+
 
 def main():
     import etfzoo
@@ -24,10 +26,7 @@ def main():
 
     if not (FLAGS.model or FLAGS.config):
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    rates, decays = (
-        configs.parse_numbers(name) if FLAGS[name].value else []
-        for name in ("learning_rate", "weight_decay")
-    )
+    rates, decays = FLAGS.learning_rate or [], FLAGS.weight_decay or []
     config = configs.finetune_config(FLAGS.model, rates, decays)
     name = os.path.basename(str(config.init).rstrip("/"))
     workdir = FLAGS.workdir or (f"runs/{name}/{folder_name(config.dataset)}_{FLAGS.mode}")
@@ -36,14 +35,12 @@ def main():
         result = transfer.linear_probe(config, workdir, feature_cache=FLAGS.feature_cache or None)
     elif FLAGS.mode == "knn":
         result = transfer.knn(config, workdir, feature_cache=FLAGS.feature_cache or None)
-    elif FLAGS.mode == "full":
+    else:
         configs.print_assumed(config, "finetune")
         if FLAGS.profile:
             configs.print_profile(config)
             return
         result = transfer.finetune(config, workdir, rates, decays, FLAGS.widen)
-    else:
-        raise etfzoo.EtfzooError(f"--mode is full, linear_probe or knn; got {FLAGS.mode!r}")
     top5 = f"  top-5 {100 * result['top5']:.2f} %" if "top5" in result else ""
     print(
         f"top-1 {100 * result['top1']:.2f} %{top5}  mean per-class "
@@ -59,8 +56,8 @@ def main():
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
-    flags.string("Model", "mode", "full", "full, linear_probe or knn")
+    flags.model_flag()
+    flags.string("Model", "mode", "full", "full, linear_probe or knn", choices=MODES)
     flags.settings("head", head="linear")
     flags.training_flags("standard", "oxford_flowers102", lists=("learning_rate", "weight_decay"))
     flags.feature_cache_flag()

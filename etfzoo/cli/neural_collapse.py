@@ -80,12 +80,12 @@ def _text(value):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.model_flag()
     flags.data_flags("imagenet2012")
     flags.strings("Data", "split", "train,test", "splits or roles (train, fit, select, test)")
     flags.string("Data", "ood_dataset", None, "other data, whose test split nc5 compares with")
-    flags.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    flags.batch_flag(128)
     flags.strategy_flags()
     flags.feature_cache_flag()
-    flags.string("Files", "output", None, "json file (default: below runs/neural_collapse)")
+    flags.path("Files", "output", None, "json file (default: below runs/neural_collapse)")
     app.run(main, __doc__)

@@ -26,8 +26,6 @@ def main(arguments):
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    if FLAGS.batch_size < 1:
-        raise etfzoo.EtfzooError(f"--batch_size must be positive; got {FLAGS.batch_size}")
     paths = configs.image_arguments(arguments)
     model = etfzoo.load(FLAGS.model)
     if model.spec.head is None:
@@ -106,10 +104,10 @@ def _unreadable(paths):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.model_flag()
     flags.boolean(
         "Data", "skip_corrupt", False, "leave out images that cannot be read, naming them"
     )
-    flags.integer("Machine", "batch_size", 32, "images a step")
-    flags.string("Files", "output", None, "CSV file of all predictions")
+    flags.batch_flag(32, "images a step")
+    flags.path("Files", "output", None, "CSV file of all predictions")
     app.run(main, __doc__, arguments=True)

@@ -22,9 +22,9 @@ from etfzoo.data import augment, decoding
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models import folding
 from etfzoo.models.classifier import ImageClassifier, feature_model
+from etfzoo.models.table import STORAGES
 
 TOP_K = 5
-STORAGES = ("float32", "float16")
 # Less than what public hosts of git repositories take as one file.
 SHARD_BYTES = 90 * 10**6
 

@@ -47,7 +47,7 @@ def read_bytes(path) -> bytes:
     """
     try:
         # Without O_NONBLOCK, opening a FIFO waits until somebody writes to it.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise EtfzooError(f"{path} cannot be read: it is no regular file")
             return file.read()

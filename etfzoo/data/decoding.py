@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from etfzoo.errors import EtfzooError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 MAX_PIXELS = 2**26  # of one image; decoding takes up to some 6 bytes a pixel
 MAX_PIXELS_TOGETHER = 2**29  # of the images of a request: 44 photos of 12 megapixels
 # A progressive JPEG is built up in passes over all pixels; libjpeg writes 10 of them. So many may
@@ -34,7 +34,7 @@ def max_pixels() -> int:
 
 
 def decode(encoded: tf.Tensor, fast: bool = False) -> tf.Tensor:
-    """An encoded JPEG, PNG, BMP, GIF or WebP string as uint8 RGB `[H, W, 3]`.
+    """An encoded JPEG, PNG, BMP or GIF string as uint8 RGB `[H, W, 3]`.
 
     Args:
         encoded: scalar string.
@@ -104,9 +104,9 @@ def image_size(encoded: tf.Tensor) -> tf.Tensor:
             lambda: tf.concat([_size_in_header(encoded), [1]], 0),
         )
     )
-    # A side below zero is one above 2**31 - 1, which no format has.
-    bearable = (tf.minimum(height, width) > 0) & (height * width <= limit)
-    bearable &= height * width * scans <= limit * _SCANS
+    # Divided, as products of 64 bits may overflow.
+    bearable = (tf.minimum(height, width) > 0) & (height <= limit // tf.maximum(width, 1))
+    bearable &= scans <= limit * _SCANS // tf.maximum(height * width, 1)
     message = f"are its height, width and passes: more than {limit} pixels, or none"
     return tf.cast(_checked(tf.stack([height, width]), bearable, size, message), tf.int32)
 
@@ -192,18 +192,13 @@ def _size_in_header(encoded):
 
 
 def _size_in_other_header(header):
-    number, webp = header.number, ((0, b"RIFF"), (8, b"WEBP"))
-    kinds = [
-        (((0, b"GIF8"),), (number(8, 2), number(6, 2))),
-        # Rows of a BMP of negative height are stored from the top.
-        (((0, b"BM"),), (tf.abs(header.signed(22)), header.signed(18))),
-        ((*webp, (12, b"VP8 ")), (number(28, 2) % 2**14, number(26, 2) % 2**14)),
-        ((*webp, (12, b"VP8L")), (number(21, 4) // 2**14 % 2**14 + 1, number(21, 4) % 2**14 + 1)),
-        ((*webp, (12, b"VP8X")), (number(27, 3) + 1, number(24, 3) + 1)),
-    ]
-    found = tf.stack([header.has(*parts) for parts, _ in kinds])
-    size = tf.stack([size for _, size in kinds])[tf.argmax(tf.cast(found, tf.int32))]
-    return _checked(size, tf.reduce_any(found), f"it is none of {' '.join(SUFFIXES)}")
+    is_gif, is_bmp = header.has((0, b"GIF8")), header.has((0, b"BM"))
+    number = header.number
+    # Rows of a BMP of negative height are stored from the top.
+    bmp = tf.stack([tf.abs(header.signed(22)), header.signed(18)])
+    size = tf.where(is_gif, tf.stack([number(8, 2), number(6, 2)]), bmp)
+    # TensorFlow would take WebP as well, whose animations damage its memory (2.21).
+    return _checked(size, is_gif | is_bmp, f"it is none of {' '.join(SUFFIXES)}")
 
 
 def _is_bmp_with_palette(encoded):

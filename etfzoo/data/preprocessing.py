@@ -17,7 +17,7 @@ def preprocess(model, images) -> np.ndarray:
         images: one image or several, which may differ in size and kind: a list, a generator, an
             array of paths, a tf.data.Dataset of images. An image is a NumPy array or tensor
             `[H, W, 3]`, RGB, uint8 or floating point in 0..255; a PIL image; or the path of a
-            JPEG, PNG, BMP, GIF or WebP file. An array `[N, H, W, 3]` is N images. The orientation
+            JPEG, PNG, BMP or GIF file. An array `[N, H, W, 3]` is N images. The orientation
             that a camera notes in EXIF is not applied, as in training and serving.
 
     Returns:

@@ -32,14 +32,10 @@ FILES = {
     "BMP of a palette": encode(PICTURE.convert("P", palette=Image.ADAPTIVE), "BMP"),
     "BMP of greys": encode(PICTURE.convert("L"), "BMP"),
     "BMP from the top": b"",
-    "WebP": encode(PICTURE, "WEBP"),
-    "WebP without loss": encode(PICTURE, "WEBP", lossless=True),
-    "WebP with alpha": encode(PICTURE.convert("RGBA"), "WEBP"),
 }
 _BMP = bytearray(FILES["BMP"])
 _BMP[22:26] = (-40).to_bytes(4, "little", signed=True)
 FILES["BMP from the top"] = bytes(_BMP)
-GRAPH = {"eager": lambda f: f, "graph": tf.function}
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +84,12 @@ def sized(name, size):
     width, height = size
     if name == "GIF":
         encoded[6:10] = width.to_bytes(2, "little") + height.to_bytes(2, "little")
-    elif name == "BMP":
-        encoded[18:26] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
-    elif name == "WebP with alpha":
-        encoded[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    elif name == "WebP":
-        encoded[26:30] = width.to_bytes(2, "little") + height.to_bytes(2, "little")
     else:
-        bits = (width - 1) | (height - 1) << 14
-        encoded[21:25] = bits.to_bytes(4, "little")
+        encoded[18:26] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
     return bytes(encoded)
 
 
-@pytest.mark.parametrize("name", ["GIF", "BMP", "WebP", "WebP without loss", "WebP with alpha"])
+@pytest.mark.parametrize("name", ["GIF", "BMP"])
 def test_the_limit_holds_for_every_format(name, image_size):
     assert image_size(sized(name, (8191, 8190))).numpy().tolist() == [8190, 8191]
     for function in (image_size, decoding.decode):
@@ -158,15 +147,18 @@ NOTHING = [
     b"GIF89a" + bytes(99),
     b"BM" + bytes(99),
 ]
-NOTHING += [b"RIFF....WEBP", b"RIFF" + bytes(4) + b"WEBPVP8X" + bytes(99)]
+# An animation of WebP would end the process.
+NOTHING += [
+    encode(PICTURE, "WEBP"),
+    encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE]),
+]
 NOTHING += [claiming(FILES["PNG"], 2**n - 1, 2**n - 1) for n in (31, 32)]
 
 
 @pytest.mark.parametrize("encoded", NOTHING)
 def test_what_is_no_image(encoded, image_size):
     assert refusal(decoding.decode, encoded)
-    if b"VP8X" not in encoded:  # whose header is that of one pixel
-        assert refusal(image_size, encoded) == refusal(decoding.image_size, encoded)
+    assert refusal(image_size, encoded) == refusal(decoding.image_size, encoded)
 
 
 def test_the_pixels_of_a_request_are_limited_together():
@@ -176,7 +168,7 @@ def test_the_pixels_of_a_request_are_limited_together():
     np.testing.assert_array_equal(check(images), images)
     with pytest.raises(tf.errors.InvalidArgumentError, match="more than 536870912 pixels together"):
         check(tf.constant([large] * 8 + [FILES["PNG"]]))
-    for other in ("GIF", "BMP", "WebP"):
+    for other in ("GIF", "BMP"):
         with pytest.raises(tf.errors.InvalidArgumentError, match="neither a JPEG nor a PNG"):
             check(tf.constant([FILES["PNG"], FILES[other]]))
 

@@ -1,6 +1,9 @@
 """Errors that a user can act on: one line saying what was wrong and what to do."""
 
 import difflib
+import re
+
+_SHOWN = 120  # letters of a value in a message
 
 
 class EtfzooError(ValueError):
@@ -20,12 +23,27 @@ def unknown(kind: str, name: str, choices) -> EtfzooError:
         choices: the names that exist.
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(str(name)[:_SHOWN], choices, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(choices)}"
-    return EtfzooError(f"unknown {kind} {name!r}; {hint}")
+    return EtfzooError(f"unknown {kind} {shown(name)}; {hint}")
+
+
+def shown(value) -> str:
+    """A value as a message shows it: not all of a very long one."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def first_line(error) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    lines = str(getattr(error, "message", None) or error).strip().splitlines()
+    """The first line of an exception's message, or its type where it has none.
+
+    Of an error of TensorFlow what the operation says, without where it stands in a graph.
+    """
+    text = str(getattr(error, "message", None) or error).partition("\n\t [[")[0].strip()
+    if text.startswith("Graph execution error"):
+        text = text.splitlines()[-1]
+    text = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", text)
+    if text.startswith("assertion failed: ["):
+        text = text[len("assertion failed: [") : -1].replace("] [", " ")
+    lines = text.splitlines()
     return lines[0] if lines else type(error).__name__

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -38,17 +39,32 @@ def write_text(path, text: str) -> None:
         file.write(text.encode())
 
 
+def read_bytes(path) -> bytes:
+    """Reads a regular file; waits for no FIFO and reads no device.
+
+    Raises:
+        EtfzooError: no such file, no permission, or no regular file.
+    """
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits until somebody writes to it.
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise EtfzooError(f"{path} cannot be read: it is no regular file")
+            return file.read()
+    except OSError as error:
+        raise EtfzooError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def read_json(path):
     """Reads a JSON file.
 
     Raises:
         EtfzooError: no such file, or not JSON.
     """
+    content = read_bytes(path)
     try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise EtfzooError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise EtfzooError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -83,13 +99,32 @@ def parse_json(content: bytes):
         raise ValueError("it is nested too deeply") from None
 
 
+def expand(path) -> Path:
+    """A path that a user gave, with `~` and `~name` as the home folders that they stand for.
+
+    Raises:
+        EtfzooError: no such user, or what no file system takes: nothing, a null character, a name
+            of more than 255 bytes.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise EtfzooError(f"{text!r} is no path")
+    if any(len(os.fsencode(part)) > 255 for part in text.split(os.sep)):
+        raise EtfzooError(f"{text[:60]}... is no path: it has a name of more than 255 bytes")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        user = text.partition(os.sep)[0]
+        raise EtfzooError(f"no home folder is known for {user}, in the path {text}") from None
+
+
 def make_directory(path) -> Path:
     """Creates a directory and its parents.
 
     Raises:
         EtfzooError: it cannot be created.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

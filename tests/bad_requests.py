@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from c_api import DTYPES, StatusError
-from etfzoo.data.augment import MAX_PIXELS
+from etfzoo.data.decoding import MAX_PIXELS
 from testing import claiming, smooth_image
 
 REFUSALS = {"INVALID_ARGUMENT", "FAILED_PRECONDITION"}

@@ -41,11 +41,11 @@ def smooth_image(height, width, seed=0):
 
 
 def claiming(encoded, height, width):
-    """A PNG or baseline JPEG with other sides in its header; all else stays."""
+    """A PNG or JPEG with other sides in its header; all else stays."""
     if encoded.startswith(b"\x89PNG"):
         header = b"IHDR" + struct.pack(">II", width, height) + encoded[24:29]
         return encoded[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded[33:]
-    frame = encoded.index(b"\xff\xc0") + 5
+    frame = max(encoded.find(b"\xff\xc0"), encoded.find(b"\xff\xc2")) + 5
     return encoded[:frame] + struct.pack(">HH", height, width) + encoded[frame + 4 :]
 
 
@@ -59,6 +59,18 @@ def make_image_folder(root, classes, size=(8, 8), suffix=".png"):
             pixels = rng.integers(0, 256, (*size, 3), np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number:03d}{suffix}")
     return root
+
+
+@contextlib.contextmanager
+def nobody():
+    """Without the rights of root, which no permission of a file stops."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
 
 
 def fresh_python(code, *args, **environment):

@@ -13,6 +13,7 @@ import etfzoo
 from etfzoo import internals
 from etfzoo.cli.flags import FLAGS, GROUPS, as_flags
 
+_LONGEST = 2000  # letters of an error
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -53,11 +54,23 @@ def run(main, doc, arguments=False, extra="jax"):
             _print_help(doc)
             sys.exit(0)
         try:
-            return FLAGS(argv)
-        except absl_flags.Error as error:
-            _fail(f"{error}; --help lists the flags")
+            return read_flags(argv)
+        except etfzoo.EtfzooError as error:
+            _fail(error)
 
     app.run(guarded, flags_parser=parse)
+
+
+def read_flags(argv) -> list[str]:
+    """Reads and checks the flags; what is written beside them comes back.
+
+    Raises:
+        EtfzooError: no such flag, or a value that it does not take.
+    """
+    try:
+        return FLAGS(argv)
+    except absl_flags.Error as error:
+        raise etfzoo.EtfzooError(f"{error}; --help lists the flags") from error
 
 
 def _import_backend(name, extra):
@@ -74,7 +87,8 @@ class _Formatter(logging.Formatter):
 
 
 def _fail(error):
-    print("error: " + as_flags(" ".join(str(error).split())), file=sys.stderr)
+    line = as_flags(" ".join(str(error).split()))
+    print("error: " + (line if len(line) <= _LONGEST else line[:_LONGEST] + "..."), file=sys.stderr)
     sys.exit(2)
 
 

@@ -14,7 +14,6 @@ at most the training step, under JAX always both.
 
 import itertools
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -26,6 +25,7 @@ from etfzoo.cli.flags import FLAGS
 from etfzoo.models.table import METHODS
 
 GRID = ("backbone", "method", "mixed_precision", "image_size", "batch_size", "jit_compile")
+COMPILED = {"auto": None, "true": True, "false": False}
 HEADER = [
     "model", "precision", "px", "batch", "step by XLA", "training, images/s", "inference, images/s",
     "peak memory, MB", "first step, s",
@@ -42,7 +42,7 @@ def main():
     for cell, config in zip(cells, configs, strict=True):
         found = _measured(cell, config) if len(cells) == 1 else _in_a_process(cell)
         if found is None:
-            failed.append(" ".join(cell.values()))
+            failed.append(" ".join(map(str, cell.values())))
             continue
         document = document or found | {"rows": []}
         document["rows"] += found["rows"]
@@ -61,16 +61,12 @@ def main():
 
 
 def _combinations():
-    """All combinations of the flags, by name, as texts; checks the other flags."""
+    """All combinations of the flags, by name, as values; checks where the figures go."""
     import etfzoo
 
     for name in GRID:
         if not FLAGS[name].value:
             raise etfzoo.EtfzooError(f"--{name} is empty")
-    if FLAGS.rounds < 1:
-        raise etfzoo.EtfzooError(f"--rounds must be at least 1; got {FLAGS.rounds}")
-    if not 0 < FLAGS.seconds < math.inf:
-        raise etfzoo.EtfzooError(f"--seconds must be above 0; got {FLAGS.seconds}")
     if FLAGS.output:
         path = pathlib.Path(FLAGS.output)
         if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
@@ -86,35 +82,22 @@ def _config(cell):
     import keras
 
     import etfzoo
-    from etfzoo.errors import unknown
     from etfzoo.training.config import TrainConfig
 
-    if cell["method"] not in METHODS:
-        raise unknown("method", cell["method"], METHODS)
-    compiled = {"auto": None, "true": True, "false": False}
-    if cell["jit_compile"] not in compiled:
-        raise unknown("value of --jit_compile", cell["jit_compile"], compiled)
     if keras.backend.backend() == "jax" and cell["jit_compile"] == "false":
         raise etfzoo.EtfzooError(
             "XLA compiles all that JAX computes: leave out --jit_compile=false"
         )
-    sizes = {}
-    for name in ("image_size", "batch_size"):
-        try:
-            sizes[name] = int(cell[name])
-        except ValueError as error:
-            raise etfzoo.EtfzooError(
-                f"--{name} takes whole numbers separated by commas; got {cell[name]!r}"
-            ) from error
     head, norm = METHODS[cell["method"]]
     return TrainConfig(
         dataset="random pixels",
         backbone=cell["backbone"],
         head=head,
         norm=norm,
-        **sizes,
+        image_size=cell["image_size"],
+        batch_size=cell["batch_size"],
         mixed_precision=cell["mixed_precision"],
-        jit_compile=compiled[cell["jit_compile"]],
+        jit_compile=COMPILED[cell["jit_compile"]],
         deterministic=False,
         strategy=FLAGS.strategy,
         tpu=FLAGS.tpu,
@@ -191,15 +174,17 @@ def _cells(row):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.strings("Model", "backbone", "rn50", "rn18, rn34, rn50 or rn101, or several")
-    flags.strings("Model", "method", "etf", "linear, etf or sw, or several")
-    flags.integer("Model", "num_classes", 1000, "classes")
-    flags.strings("Data", "image_size", "224", "height and width in pixels, or several")
-    flags.strings("Training", "batch_size", "32", "images a step over all devices, or several")
-    flags.strings("Machine", "mixed_precision", "none", "none, bfloat16, float16, or several")
-    flags.strings("Machine", "jit_compile", "auto", "auto (one GPU), true, false, or several")
+    grid = ("backbone", "image_size", "batch_size", "mixed_precision")
+    defaults = {"backbone": "rn50", "image_size": "224", "batch_size": "32"}
+    flags.settings(*grid, lists=grid, mixed_precision="none", **defaults)
+    flags.strings("Model", "method", "etf", "linear, etf or sw, or several", choices=METHODS)
+    flags.integer("Model", "num_classes", 1000, "classes", low=2, high=10**6)
+    text = "auto (one GPU), true, false, or several"
+    flags.strings("Machine", "jit_compile", "auto", text, choices=COMPILED)
     flags.strategy_flags()
-    flags.integer("Measuring", "rounds", 3, "rounds of training and inference in turns")
-    flags.real("Measuring", "seconds", 5.0, "of each in a round, roughly")
-    flags.string("Files", "output", None, "JSON file for the figures")
+    flags.integer(
+        "Measuring", "rounds", 3, "rounds of training and inference in turns", low=1, high=1000
+    )
+    flags.real("Measuring", "seconds", 5.0, "of each in a round, roughly", low=0.001, high=3600)
+    flags.path("Files", "output", None, "JSON file for the figures")
     app.run(main, __doc__)

@@ -32,7 +32,6 @@ PRECISIONS = ("none", "bfloat16")
 
 def main():
     import etfzoo
-    from etfzoo.errors import unknown
 
     kind, chips = _topology(FLAGS.topology)
     memory, machine = CHIPS[kind]
@@ -42,8 +41,6 @@ def main():
             f"--batch_size={FLAGS.batch_size} is the batch of all {chips} chips together and must "
             f"be a multiple of {chips}"
         )
-    if FLAGS.mixed_precision not in PRECISIONS:
-        raise unknown("mixed precision of TPUs", FLAGS.mixed_precision, PRECISIONS)
     stepper = _stepper(_devices(FLAGS.topology))
     size = FLAGS.image_size
     precision = FLAGS.mixed_precision.replace("none", "float32")
@@ -145,11 +142,9 @@ def _stepper(devices):
 def run():
     """Defines the flags and runs the command."""
     flags.string("Machine", "topology", "v5e:2x2", "v5e or v6e and its chips, as in v5e:2x2")
-    flags.string("Machine", "mixed_precision", "bfloat16", "none or bfloat16")
-    flags.string("Model", "backbone", "rn50", "rn18, rn34, rn50 or rn101")
-    flags.string("Model", "head", "etf", "etf (fixed) or linear (trainable)")
-    flags.string("Model", "norm", "bn", "bn or sw")
-    flags.integer("Model", "num_classes", 1000, "classes")
-    flags.integer("Data", "image_size", 224, "height and width in pixels")
-    flags.integer("Training", "batch_size", 256, "images a step, over all chips")
+    flags.string("Machine", "mixed_precision", "bfloat16", "none or bfloat16", choices=PRECISIONS)
+    flags.settings("backbone", "head", "norm", backbone="rn50", head="etf", norm="bn")
+    flags.integer("Model", "num_classes", 1000, "classes", low=2, high=10**6)
+    flags.settings("image_size", image_size=224)
+    flags.batch_flag(256, "images a step, over all chips")
     app.run(main, __doc__, extra="tpu-check")

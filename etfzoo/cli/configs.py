@@ -2,13 +2,12 @@
 
 import dataclasses
 import os
-import typing
 
 import etfzoo
 from etfzoo.cli.flags import FLAGS, as_flags
 from etfzoo.data.datasets import DATASETS
 from etfzoo.training import protocols
-from etfzoo.training.config import TrainConfig, kind_of
+from etfzoo.training.config import TrainConfig
 
 
 def open_strategy(settings):
@@ -19,6 +18,15 @@ def open_strategy(settings):
     if name == "auto":
         print(f"strategy: {best_here(settings.tpu)}", flush=True)
     return get_strategy(name, settings.tpu, settings.num_virtual_devices)
+
+
+def open_source(name):
+    """A data set by its name, without its broken images where --skip_corrupt says so."""
+    from etfzoo.data.readable import readable
+    from etfzoo.data.sources import resolve
+
+    source = resolve(name, FLAGS.data_dir)
+    return readable(source) if FLAGS.skip_corrupt else source
 
 
 def print_profile(config):
@@ -48,7 +56,7 @@ def train_config(task, **known):
         **known: fields that are not flags, or whose flag lists several values.
     """
     given = {
-        field.name: setting_value(field.name)
+        field.name: FLAGS[field.name].value
         for field in dataclasses.fields(TrainConfig)
         if field.name in FLAGS and field.name not in known and FLAGS[field.name].value is not None
     }
@@ -60,24 +68,6 @@ def train_config(task, **known):
     backbone = values.get("backbone", "rn50")
     defaults = protocols.settings(values["protocol"], task, backbone, row)
     return TrainConfig(**(defaults | values))
-
-
-def setting_value(name):
-    """A setting's value as its flag gives it; None where the flag is left alone."""
-    (field,) = (f for f in dataclasses.fields(TrainConfig) if f.name == name)
-    value, (kind, _) = FLAGS[name].value, kind_of(field)
-    if not isinstance(value, list):
-        return value
-    (part, *_) = typing.get_args(kind)
-    try:
-        if typing.get_args(part):
-            return tuple(tuple(int(n) for n in text.split(":")) for text in value if text)
-        return tuple(part(text) for text in value if text)
-    except ValueError as error:
-        raise etfzoo.EtfzooError(
-            f"--{name} takes {'size:epochs pairs' if typing.get_args(part) else 'numbers'} "
-            f"separated by commas; got {','.join(value)!r}"
-        ) from error
 
 
 def finetune_config(handle, learning_rates=(), weight_decays=()):
@@ -113,22 +103,6 @@ def data_dir_flag(config) -> str:
     return f" --data_dir={config.data_dir}" if config.data_dir else ""
 
 
-def parse_numbers(name, texts=None) -> list[float]:
-    """Values of a `numbers` flag.
-
-    Args:
-        name: of the flag.
-        texts: to be read in place of the flag's own.
-
-    Raises:
-        EtfzooError: one of them is not a number.
-    """
-    try:
-        return [float(text) for text in (FLAGS[name].value if texts is None else texts)]
-    except ValueError as error:
-        raise etfzoo.EtfzooError(f"--{name} takes numbers separated by commas: {error}") from error
-
-
 def image_arguments(arguments):
     """The images that the arguments of a recipe name: files, and folders of them.
 
@@ -152,7 +126,12 @@ def print_predictions(paths, predictions):
     from etfzoo.experiments import html
 
     rows = [
-        [str(path), *(f"{label} {100 * score:.1f} %" for label, score in classes)]
+        [_printable(path), *(f"{label} {100 * score:.1f} %" for label, score in classes)]
         for path, classes in zip(paths, predictions, strict=True)
     ]
     print(html.text_table([["image", *map(str, range(1, len(rows[0])))], *rows]), flush=True)
+
+
+def _printable(path) -> str:
+    """A path with a mark for each byte that is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")

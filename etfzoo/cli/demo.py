@@ -125,8 +125,6 @@ def _percent(share, low, high):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string(
-        "Files", "workdir", "demo_output", "where everything is written; goes on if stopped"
-    )
-    flags.integer("Training", "seed", 0, "of everything that is drawn")
+    flags.path("Files", "workdir", "demo_output", "where everything is written; goes on if stopped")
+    flags.seed_flag("of everything that is drawn")
     app.run(main, __doc__)

@@ -15,7 +15,6 @@ from etfzoo.cli.flags import FLAGS
 def main():
     import etfzoo
     from etfzoo import files
-    from etfzoo.data import sources
     from etfzoo.experiments import plots
     from etfzoo.measure import accuracy
     from etfzoo.runtime.interruption import exit_if_worker_lost
@@ -27,7 +26,7 @@ def main():
     with strategy.scope():
         model = etfzoo.load(FLAGS.model)
     with exit_if_worker_lost(strategy):
-        source = chief_first(strategy, lambda: sources.resolve(FLAGS.dataset, FLAGS.data_dir))
+        source = chief_first(strategy, lambda: configs.open_source(FLAGS.dataset))
         predictions = accuracy.evaluate(model, source, FLAGS.split, FLAGS.batch_size, strategy)
         wait_for_all(strategy)
     if not is_chief(strategy):
@@ -53,10 +52,10 @@ def main():
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.model_flag()
     flags.data_flags("imagenet2012")
     flags.string("Data", "split", "test", "a split, or a role: train, fit, select or test")
-    flags.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    flags.batch_flag(128)
     flags.strategy_flags()
-    flags.string("Files", "output", None, "directory of the report (default: below runs/evaluate)")
+    flags.path("Files", "output", None, "directory of the report (default: below runs/evaluate)")
     app.run(main, __doc__)

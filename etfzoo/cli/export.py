@@ -13,6 +13,7 @@ import os
 
 from etfzoo.cli import app, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.models.table import STORAGES
 
 _SUFFIXES = {"onnx": ".onnx", "keras": ".keras", "saved_model": ""}
 
@@ -20,13 +21,10 @@ _SUFFIXES = {"onnx": ".onnx", "keras": ".keras", "saved_model": ""}
 def main():
     import etfzoo
     from etfzoo import files
-    from etfzoo.errors import unknown
     from etfzoo.zoo import export
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    if FLAGS.format not in _SUFFIXES:
-        raise unknown("format", FLAGS.format, _SUFFIXES)
     model = etfzoo.load(FLAGS.model)
     name = os.path.basename(FLAGS.model.rstrip("/"))
     output = FLAGS.output or os.path.join("exports", name + _SUFFIXES[FLAGS.format])
@@ -57,10 +55,14 @@ def _size(path):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
-    flags.string("Files", "format", "saved_model", "saved_model, onnx or keras")
+    flags.model_flag()
+    flags.string("Files", "format", "saved_model", "saved_model, onnx or keras", choices=_SUFFIXES)
     flags.string(
-        "Files", "storage", "float32", "how a SavedModel stores kernels: float32 or float16"
+        "Files",
+        "storage",
+        "float32",
+        "how a SavedModel stores kernels: float32 or float16",
+        choices=STORAGES,
     )
-    flags.string("Files", "output", None, "file, or folder of versions (default: below exports/)")
+    flags.path("Files", "output", None, "file, or folder of versions (default: below exports/)")
     app.run(main, __doc__)

@@ -20,9 +20,11 @@ import os
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.training.config import SEEDS
 
 import numpy as np  # isort: skip (after cli, which says what to do where it is missing)
 
+PROJECTIONS = ("gaussian", "haar", "etf")
 # Examples of each split, dimensions, classes; separation of the means, spread of the variances.
 GAUSSIAN = {"examples": 1000, "dim": 100, "num_classes": 4}
 MADE = {
@@ -36,14 +38,11 @@ def main():
     from etfzoo import files
     from etfzoo.experiments import figures, random_features
 
-    a2 = sorted(configs.parse_numbers("a2"))
+    a2 = sorted(FLAGS.a2)
     if 0.0 not in a2:
         raise etfzoo.EtfzooError("--a2 needs 0 among its values: it is what the others compare to")
-    if FLAGS.draws < 2:
-        raise etfzoo.EtfzooError("--draws must be 2 or more: one draw has no deviation")
-    for name in FLAGS.projections:
-        if name not in random_features.PROJECTIONS:
-            raise etfzoo.errors.unknown("projection", name, random_features.PROJECTIONS)
+    if not FLAGS.projections:
+        raise etfzoo.EtfzooError(f"--projections needs one or more of {', '.join(PROJECTIONS)}")
     train, test, title = _made(random_features) if FLAGS.dataset in MADE else _extracted(etfzoo)
     name = os.path.basename(str(FLAGS.model).rstrip("/")) + "_" if FLAGS.model else ""
     output = files.make_directory(
@@ -101,7 +100,6 @@ def _made(random_features):
 
 def _extracted(etfzoo):
     """Features of a model: train, test, title."""
-    from etfzoo.data import sources
     from etfzoo.measure.features import extract
 
     if not FLAGS.model:
@@ -111,7 +109,7 @@ def _extracted(etfzoo):
         )
     size = FLAGS.image_size
     model = etfzoo.load(FLAGS.model, head=None, input_shape=(size, size, 3) if size else None)
-    source = sources.resolve(FLAGS.dataset, FLAGS.data_dir)
+    source = configs.open_source(FLAGS.dataset)
     train, test = (extract(model, source, split, FLAGS.batch_size) for split in ("train", "test"))
     name = os.path.basename(FLAGS.model.rstrip("/"))
     return train, test, f"features of {name} on {source.name}"
@@ -198,26 +196,37 @@ def _verdict(a2, kind, how, mse):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.model_flag()
     flags.data_flags("stl10")
-    flags.integer("Data", "image_size", None, "height and width in pixels (default: the model's)")
+    flags.image_size_flag("the model's")
     flags.boolean("Data", "per_feature", False, "standardise each feature instead of all together")
-    flags.numbers("Regression", "a2", "-1,-0.8,-0.6,-0.4,-0.2,0,0.2,0.4,0.6,0.8,1", "values of a2")
+    a2 = "-1,-0.8,-0.6,-0.4,-0.2,0,0.2,0.4,0.6,0.8,1"
+    flags.numbers("Regression", "a2", a2, "values of a2", low=-1000, high=1000)
     flags.strings(
         "Regression",
         "projections",
         "gaussian",
         "laws of W (the paper names none): gaussian, haar, etf",
+        choices=PROJECTIONS,
     )
-    flags.integer("Regression", "num_features", None, "random features (default: as many as x has)")
+    flags.integer(
+        "Regression",
+        "num_features",
+        None,
+        "random features (default: as many as x has)",
+        low=1,
+        high=10**5,
+    )
     flags.real(
         "Regression",
         "regularization",
         0.01,
         "the fixed gamma (assumed: the paper gives none), beside one picked by leave-one-out",
+        low=1e-12,
+        high=10**6,
     )
-    flags.integer("Regression", "draws", 5, "draws of W")
-    flags.integer("Regression", "seed", 0, "of the first draw, and of made data")
-    flags.integer("Machine", "batch_size", 128, "images a step")
-    flags.string("Files", "output", None, "directory of the figure (default: below runs/figure2)")
+    flags.integer("Regression", "draws", 5, "draws of W", low=2, high=10**4)
+    flags.integer("Regression", "seed", 0, "of the first draw, and of made data", **SEEDS)
+    flags.batch_flag(128, "images a step")
+    flags.path("Files", "output", None, "directory of the figure (default: below runs/figure2)")
     app.run(main, __doc__)

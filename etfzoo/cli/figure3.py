@@ -27,7 +27,6 @@ from etfzoo.workdir import Workdir, folder_name
 def main():
     import etfzoo
     from etfzoo import files
-    from etfzoo.data import sources
     from etfzoo.experiments import figures
     from etfzoo.measure.features import extract
     from etfzoo.models.classifier import replace_head
@@ -42,7 +41,7 @@ def main():
     target = folder_name(FLAGS.dataset)
     output = Path(FLAGS.workdir or f"runs/figure3/{target}")
     tuned = [_finetuned(handle) for handle in FLAGS.models]  # wrong workdirs fail before training
-    source = sources.resolve(FLAGS.dataset, FLAGS.data_dir)
+    source = configs.open_source(FLAGS.dataset)
     rows = {"fine-tuned": {}, "frozen": {}}
     table = []
     for name, handle, workdir in zip(names, FLAGS.models, tuned, strict=True):
@@ -108,10 +107,7 @@ def _finetune(handle, workdir):
     """Fine-tunes a model on the target; goes on where it was stopped."""
     from etfzoo.training import transfer
 
-    rates, decays = (
-        configs.parse_numbers(name) if FLAGS[name].value else []
-        for name in ("learning_rate", "weight_decay")
-    )
+    rates, decays = FLAGS.learning_rate or [], FLAGS.weight_decay or []
     config = configs.finetune_config(handle, rates, decays)
     print(f"fine-tuning {config.init} on {config.dataset} -> {workdir}", flush=True)
     configs.print_assumed(config, "finetune")
@@ -137,7 +133,7 @@ def _write(output, rows, table):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.strings("Model", "models", None, "pretrained models, or workdirs of their fine-tunings")
+    flags.handles("Model", "models", None, "pretrained models, or workdirs of their fine-tunings")
     flags.strings("Model", "names", None, "what they are called (default: the last part of each)")
     flags.settings("head", head="linear")
     flags.string(

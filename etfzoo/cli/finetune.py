@@ -17,6 +17,8 @@ from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
 from etfzoo.workdir import folder_name
 
+MODES = ("full", "linear_probe", "knn")
+
 
 def main():
     import etfzoo
@@ -24,10 +26,7 @@ def main():
 
     if not (FLAGS.model or FLAGS.config):
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    rates, decays = (
-        configs.parse_numbers(name) if FLAGS[name].value else []
-        for name in ("learning_rate", "weight_decay")
-    )
+    rates, decays = FLAGS.learning_rate or [], FLAGS.weight_decay or []
     config = configs.finetune_config(FLAGS.model, rates, decays)
     name = os.path.basename(str(config.init).rstrip("/"))
     workdir = FLAGS.workdir or (f"runs/{name}/{folder_name(config.dataset)}_{FLAGS.mode}")
@@ -63,8 +62,8 @@ def main():
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
-    flags.string("Model", "mode", "full", "full, linear_probe or knn")
+    flags.model_flag()
+    flags.string("Model", "mode", "full", "full, linear_probe or knn", choices=MODES)
     flags.settings("head", head="linear")
     flags.training_flags("standard", "oxford_flowers102", lists=("learning_rate", "weight_decay"))
     flags.feature_cache_flag()

@@ -1,27 +1,58 @@
-"""Flags of the commands, in groups of the help page."""
+"""Flags of the commands, in groups of the help page.
+
+What a flag takes is declared with it: its type, its limits or choices. It is checked when the
+command line is read, before anything is imported or opened.
+"""
 
 import dataclasses
+import os
 import re
+import typing
 
 from absl import flags
 
-from etfzoo.training.config import TrainConfig, kind_of
+from etfzoo import files
+from etfzoo.errors import EtfzooError, shown
+from etfzoo.training.config import (
+    IMAGE_SIZES,
+    MOST_IMAGES,
+    SEEDS,
+    TrainConfig,
+    check,
+    checked,
+    kind_of,
+)
 from etfzoo.training.protocols import PROTOCOLS, settings_of_rows
 
 FLAGS = flags.FLAGS
-DEFINE = {
-    str: flags.DEFINE_string,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    bool: flags.DEFINE_bool,
-}
 # Settings that some protocol gives.
 FROM_PROTOCOL = settings_of_rows()
+VERSIONS = {"low": 1, "high": 2**63 - 1}  # of TF Serving
 GROUPS: dict[str, list[str]] = {}
 
 
-def _define(group, define, name, default, help_text, **kwargs):
-    define(name, default, help_text, **kwargs)
+class _Parser(flags.ArgumentParser):
+    """Reads a flag's text by a function, whose ValueError absl turns into the flag's error."""
+
+    syntactic_help = ""
+
+    def __init__(self, read):
+        self._read = read
+
+    def parse(self, argument):
+        # A default that is no text is a value already.
+        return self._read(argument) if isinstance(argument, str) else argument
+
+
+class _Serializer(flags.ArgumentSerializer):
+    """Writes a value as the command line has it."""
+
+    def serialize(self, value):
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _define(group, name, default, help_text, read):
+    flags.DEFINE(_Parser(read), name, default, help_text, FLAGS, _Serializer())
     GROUPS.setdefault(group, []).append(name)
 
 
@@ -42,34 +73,103 @@ def as_flags(text: str) -> str:
     return re.sub(r"`(\w+(?:=[^\s`]*)?)`", flag, text)
 
 
-def string(group, name, default, help_text):
-    """Defines a string flag in a group of the help page."""
-    _define(group, flags.DEFINE_string, name, default, help_text)
+def _several(name, read_one):
+    """Reads values between commas, each of which may occur once."""
+
+    def read(text):
+        values = [read_one(part) for part in text.split(",")] if text else []
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                raise EtfzooError(f"{name} has {shown(value)} twice")
+        return values
+
+    return read
 
 
-def numbers(group, name, default, help_text):
-    """Defines a flag that takes one number or several, separated by commas."""
-    _define(group, flags.DEFINE_list, name, default, help_text)
+def _number(kind, name, low, high):
+    def read(text):
+        value = _converted(name, kind, text)
+        check(name, kind, value, low, high)
+        return value
+
+    return read
 
 
-def strings(group, name, default, help_text):
+def _choice(name, choices):
+    def read(text):
+        check(name, str, text, choices=choices)
+        return text
+
+    return read
+
+
+def string(group, name, default, help_text, choices=None):
+    """Defines a flag of any text, or of one of some choices."""
+    _define(group, name, default, help_text, _choice(name, choices) if choices else str)
+
+
+def strings(group, name, default, help_text, choices=None):
     """Defines a flag that takes one name or several, separated by commas."""
-    _define(group, flags.DEFINE_list, name, default, help_text)
+    one = _choice(name, choices) if choices else _text(name)
+    _define(group, name, default, help_text, _several(name, one))
 
 
-def integer(group, name, default, help_text):
-    """Defines a whole-number flag."""
-    _define(group, flags.DEFINE_integer, name, default, help_text)
+def _text(name):
+    def read(text):
+        check(name, str, text)
+        return text
+
+    return read
 
 
-def real(group, name, default, help_text):
-    """Defines a real-number flag."""
-    _define(group, flags.DEFINE_float, name, default, help_text)
+def integer(group, name, default, help_text, *, low, high):
+    """Defines a flag of a whole number from `low` to `high`."""
+    _define(group, name, default, help_text, _number(int, name, low, high))
+
+
+def integers(group, name, default, help_text, *, low, high):
+    """Defines a flag that takes one whole number or several, separated by commas."""
+    _define(group, name, default, help_text, _several(name, _number(int, name, low, high)))
+
+
+def real(group, name, default, help_text, *, low, high):
+    """Defines a flag of a number from `low` to `high`."""
+    _define(group, name, default, help_text, _number(float, name, low, high))
+
+
+def numbers(group, name, default, help_text, *, low, high):
+    """Defines a flag that takes one number or several, separated by commas."""
+    _define(group, name, default, help_text, _several(name, _number(float, name, low, high)))
 
 
 def boolean(group, name, default, help_text):
     """Defines a flag that is switched with --name or --noname."""
-    _define(group, flags.DEFINE_bool, name, default, help_text)
+    flags.DEFINE_bool(name, default, help_text)
+    GROUPS.setdefault(group, []).append(name)
+
+
+def path(group, name, default, help_text):
+    """Defines a flag of a file or folder; `~` is expanded, and empty is none."""
+    _define(group, name, default, help_text, lambda text: _expanded(text) if text else "")
+
+
+def handle(group, name, default, help_text):
+    """Defines a flag of a model: a workdir, a published folder, or a name of the zoo."""
+    _define(group, name, default, help_text, lambda text: _handle(text) if text else "")
+
+
+def handles(group, name, default, help_text):
+    """Defines a flag of several models, separated by commas."""
+    _define(group, name, default, help_text, _several(name, _handle))
+
+
+def _expanded(text):
+    return os.fspath(files.expand(text))
+
+
+def _handle(text):
+    expanded = _expanded(text)
+    return expanded if text.startswith("~") else text  # an address is no path
 
 
 def settings(*names, lists=(), **defaults):
@@ -86,18 +186,47 @@ def settings(*names, lists=(), **defaults):
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for name in names:
         field, default = fields[name], defaults.get(name)
-        kind, _ = kind_of(field)
         text = field.metadata["help"]
         if name == "protocol":
             text = f"{', '.join(PROTOCOLS)}: {text}"
         if name in lists:
             text += "; or several to pick from, separated by commas"
-        several = name in lists or kind not in DEFINE
-        define = flags.DEFINE_list if several else DEFINE[kind]
         if default is None and "(default" not in text and field.default is not dataclasses.MISSING:
-            shown = _shown(field.default) if name not in FROM_PROTOCOL else "the protocol's"
-            text += f" (default: {shown})" if shown != "" else ""
-        _define(field.metadata["group"], define, name, default, text)
+            given = _shown(field.default) if name not in FROM_PROTOCOL else "the protocol's"
+            text += f" (default: {given})" if given != "" else ""
+        group, (kind, _) = field.metadata["group"], kind_of(field)
+        if kind is bool:
+            boolean(group, name, default, text)
+        else:
+            read = _setting(field)
+            _define(group, name, default, text, _several(name, read) if name in lists else read)
+
+
+def _setting(field):
+    """Reads a setting's value, as its declaration says."""
+    kind, _ = kind_of(field)
+    parts = typing.get_args(kind)
+
+    def read(text):
+        if not parts:
+            value = text if kind is str else _converted(field.name, kind, text)
+        elif typing.get_args(parts[0]):
+            pairs = [part.split(":") for part in text.split(",") if part]
+            value = [[_converted(field.name, int, n) for n in pair] for pair in pairs]
+        else:
+            value = [_converted(field.name, parts[0], n) for n in text.split(",") if n]
+        value = checked(field, value)
+        return _expanded(value) if field.metadata["path"] else value
+
+    return read
+
+
+def _converted(name, kind, text):
+    try:
+        return kind(text)
+    except ValueError as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise EtfzooError(f"{name} must be {wanted}; got {shown(text)}") from error
 
 
 def _shown(value) -> str:
@@ -121,13 +250,29 @@ def training_flags(protocol, dataset, lists=(), **defaults):
         if field.metadata["group"] != "Model"
     ]
     settings(*names, lists=lists, protocol=protocol, dataset=dataset, **defaults)
-    string("Files", "workdir", None, "directory of this run (default: one below runs/)")
-    string("Files", "config", None, "config.json of an earlier run to repeat; flags override it")
+    path("Files", "workdir", None, "directory of this run (default: one below runs/)")
+    path("Files", "config", None, "config.json of an earlier run to repeat; flags override it")
+
+
+def model_flag():
+    """Which model."""
+    handle("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+
+
+def batch_flag(default, text="images a step, over all devices"):
+    """How many images at a time."""
+    integer("Machine", "batch_size", default, text, low=1, high=MOST_IMAGES)
+
+
+def image_size_flag(default):
+    """The size of the images, where it is not the default."""
+    text = f"height and width in pixels (default: {default})"
+    integer("Data", "image_size", None, text, **IMAGE_SIZES)
 
 
 def data_flags(dataset):
     """Which images, and where they are."""
-    settings("dataset", "data_dir", dataset=dataset)
+    settings("dataset", "data_dir", "skip_corrupt", dataset=dataset)
 
 
 def strategy_flags():
@@ -137,7 +282,7 @@ def strategy_flags():
 
 def feature_cache_flag():
     """Where features of frozen networks are kept."""
-    string(
+    path(
         "Files",
         "feature_cache",
         "runs/features",
@@ -153,3 +298,8 @@ def profile_flag():
         False,
         "only measure what the run would wait for: step or images",
     )
+
+
+def seed_flag(text):
+    """The seed of what is drawn."""
+    integer("Training", "seed", 0, text, **SEEDS)

@@ -22,7 +22,6 @@ from etfzoo.workdir import folder_name
 def main():
     import etfzoo
     from etfzoo import files
-    from etfzoo.data import sources
     from etfzoo.data.pipeline import evaluation_pipeline
     from etfzoo.experiments import html
     from etfzoo.measure import features
@@ -38,7 +37,7 @@ def main():
     extractor = features.Extractor(model, strategy)
 
     def load(name, split):
-        source = chief_first(strategy, lambda: sources.resolve(name, FLAGS.data_dir))
+        source = chief_first(strategy, lambda: configs.open_source(name))
         pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
         return extractor.load(pipeline, split, FLAGS.feature_cache or None), source.num_classes
 
@@ -81,12 +80,12 @@ def _text(value):
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.model_flag()
     flags.data_flags("imagenet2012")
     flags.strings("Data", "split", "train,test", "splits or roles (train, fit, select, test)")
     flags.string("Data", "ood_dataset", None, "other data, whose test split nc5 compares with")
-    flags.integer("Machine", "batch_size", 128, "images a step, over all devices")
+    flags.batch_flag(128)
     flags.strategy_flags()
     flags.feature_cache_flag()
-    flags.string("Files", "output", None, "json file (default: below runs/neural_collapse)")
+    flags.path("Files", "output", None, "json file (default: below runs/neural_collapse)")
     app.run(main, __doc__)

@@ -3,12 +3,14 @@
   python recipes/predict.py --model=rn18_etf.shapes photo.jpg folder/
   python recipes/predict.py --model=runs/flowers_etf photos/ --output=predictions.csv
 
-Images are read, cropped and resized as in evaluation. Folders are searched however deep.
+Images are read, cropped and resized as in evaluation, as they are stored: the orientation that a
+camera notes in EXIF is not applied. Folders are searched however deep.
 """
 
 import codecs
 import contextlib
 import csv
+import os
 import sys
 
 from etfzoo.cli import app, configs, flags
@@ -24,8 +26,6 @@ def main(arguments):
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    if FLAGS.batch_size < 1:
-        raise etfzoo.EtfzooError(f"--batch_size must be positive; got {FLAGS.batch_size}")
     paths = configs.image_arguments(arguments)
     model = etfzoo.load(FLAGS.model)
     if model.spec.head is None:
@@ -37,7 +37,8 @@ def main(arguments):
         table = None
         if FLAGS.output:
             file = stack.enter_context(files.atomic(FLAGS.output))
-            table = csv.writer(codecs.getwriter("utf-8")(file))
+            # The names of files need not be UTF-8, and are written as they are.
+            table = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"))
             ranks = range(1, min(TOP, model.spec.num_classes) + 1)
             table.writerow(["image", *(f"{what}{i}" for i in ranks for what in ("class", "score"))])
         for path, classes in _predict(model, paths):
@@ -68,7 +69,7 @@ def _predict(model, paths):
         return number, evaluation_image(tf.io.read_file(path), height, width, model.spec.crop)
 
     # What cannot be read is missing in the batches and told by the gap in the numbers.
-    images = tf.data.Dataset.from_tensor_slices([str(path) for path in paths]).enumerate()
+    images = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path in paths]).enumerate()
     images = images.with_options(reading()).map(read, PARALLEL).ignore_errors()
     progress = Progress("predicting", len(paths))
     expected = 0
@@ -87,24 +88,26 @@ def _predict(model, paths):
 def _unreadable(paths):
     """Stops at an image that cannot be read, or names what is left out."""
     import etfzoo
+    from etfzoo import files
+    from etfzoo.data.readable import why_unreadable
 
     for path in paths:
         try:
-            with open(path, "rb"):
-                reason = "is not a readable image"
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror}"
+            reason = why_unreadable(files.read_bytes(path))
+            reason = f"{path} is not a readable image: {reason}"
+        except etfzoo.EtfzooError as error:
+            reason = str(error)
         if not FLAGS.skip_corrupt:
-            raise etfzoo.EtfzooError(f"{path} {reason}; --skip_corrupt leaves such images out")
-        print(f"left out: {path} {reason}", file=sys.stderr, flush=True)
+            raise etfzoo.EtfzooError(f"{reason}; --skip_corrupt leaves such images out")
+        print(f"left out: {reason}", file=sys.stderr, flush=True)
 
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "model", None, "a workdir, a published folder or a name of the zoo")
+    flags.model_flag()
     flags.boolean(
         "Data", "skip_corrupt", False, "leave out images that cannot be read, naming them"
     )
-    flags.integer("Machine", "batch_size", 32, "images a step")
-    flags.string("Files", "output", None, "CSV file of all predictions")
+    flags.batch_flag(32, "images a step")
+    flags.path("Files", "output", None, "CSV file of all predictions")
     app.run(main, __doc__, arguments=True)

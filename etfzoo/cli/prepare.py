@@ -33,8 +33,6 @@ def main():
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string(
-        "Files", "archive", None, "tiny-imagenet-200.zip, or the folder that it unpacks to"
-    )
-    flags.string("Files", "data_dir", None, "TFDS data directory (default: TFDS's own)")
+    flags.path("Files", "archive", None, "tiny-imagenet-200.zip, or the folder that it unpacks to")
+    flags.path("Files", "data_dir", None, "TFDS data directory (default: TFDS's own)")
     app.run(main, __doc__)

@@ -22,7 +22,7 @@ def main():
     import etfzoo
     from etfzoo.training.job import Job
 
-    rates = configs.parse_numbers("learning_rate") if FLAGS.learning_rate else []
+    rates = FLAGS.learning_rate or []
     config = configs.train_config("pretrain", **({"learning_rate": rates[0]} if rates else {}))
     configs.open_strategy(config)
     workdir = FLAGS.workdir or (
@@ -58,6 +58,8 @@ def run():
     )  # fmt: skip
     flags.training_flags("paper", "imagenet2012", lists=("learning_rate",))
     flags.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")
-    flags.integer("Training", "search_epochs", None, "epochs of each of several rates")
+    flags.integer(
+        "Training", "search_epochs", None, "epochs of each of several rates", low=1, high=10**6
+    )
     flags.profile_flag()
     app.run(main, __doc__)

@@ -14,6 +14,7 @@ its name wherever that file is. An entry without --url is for models that come w
 
 from etfzoo.cli import app, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.models.table import STORAGES
 
 
 def main():
@@ -56,17 +57,23 @@ def main():
 
 def run():
     """Defines the flags and runs the command."""
-    flags.string("Model", "workdir", None, "workdir of a finished training")
-    flags.string("Model", "model", None, "or a published folder or name")
+    flags.path("Model", "workdir", None, "workdir of a finished training")
+    flags.handle("Model", "model", None, "or a published folder or name")
     flags.string("Model", "name", None, "<backbone>_<method>.<tag>, e.g. rn18_etf.flowers")
-    flags.integer("Model", "version", None, "its number (default: one above the highest there)")
+    flags.integer(
+        "Model",
+        "version",
+        None,
+        "its number (default: one above the highest there)",
+        **flags.VERSIONS,
+    )
     flags.string("Model", "licence", None, "of the weights (default: the terms of their images)")
     flags.string("Model", "intended_use", None, "what it is good for (default: by the facts)")
     flags.string("Model", "limits", None, "what it is not good for (default: by the facts)")
-    flags.string("Model", "storage", "float32", "float32 or float16")
-    flags.string("Files", "data_dir", None, "TFDS data directory, if not that of the training")
-    flags.string("Files", "models_dir", "saved_models", "folder of the models")
-    flags.string("Files", "index", None, "index file that gets an entry; made if needed")
+    flags.string("Model", "storage", "float32", "float32 or float16", choices=STORAGES)
+    flags.path("Files", "data_dir", None, "TFDS data directory, if not that of the training")
+    flags.path("Files", "models_dir", "saved_models", "folder of the models")
+    flags.path("Files", "index", None, "index file that gets an entry; made if needed")
     flags.string("Files", "url", None, "address under which models_dir will be found, with --index")
     flags.boolean("Files", "default", False, "the bare name means this model from now on")
     app.run(main, __doc__)

@@ -14,29 +14,25 @@ from concurrent.futures import ThreadPoolExecutor
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
 
+PROTOCOLS = ("grpc", "rest")
 BARS = 40  # characters of the longest bar of the histogram
 
 
 def main(arguments):
     import etfzoo
+    from etfzoo import files
     from etfzoo.progress import Progress
     from etfzoo.zoo import serving_client
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model of the server with --model=NAME")
-    for name in ("repeat", "concurrency", "timeout"):
-        if FLAGS[name].value <= 0:
-            raise etfzoo.EtfzooError(f"--{name} must be positive; got {FLAGS[name].value}")
     paths = configs.image_arguments(arguments)
     client = serving_client.connect(
         FLAGS.server, FLAGS.model, FLAGS.protocol, FLAGS.version, FLAGS.version_label, FLAGS.timeout
     )
 
     def ask(path):
-        try:
-            image = path.read_bytes()
-        except OSError as error:
-            raise etfzoo.EtfzooError(f"{path} cannot be read: {error.strerror}") from error
+        image = files.read_bytes(path)
         start = time.perf_counter()
         try:
             outputs = client.predict([image], FLAGS.signature)
@@ -96,12 +92,18 @@ def _print_latencies(latencies, elapsed, first):
 def run():
     """Defines the flags and runs the command."""
     flags.string("Server", "server", None, "host:port (default: localhost:8500, for rest 8501)")
-    flags.string("Server", "protocol", "grpc", "grpc or rest")
+    flags.string("Server", "protocol", "grpc", "grpc or rest", choices=PROTOCOLS)
     flags.string("Server", "model", None, "name of the model in models.config")
-    flags.integer("Server", "version", None, "version number (default: the server's choice)")
+    flags.integer(
+        "Server",
+        "version",
+        None,
+        "version number (default: the server's choice)",
+        **flags.VERSIONS,
+    )
     flags.string("Server", "version_label", None, "label of a version, e.g. stable")
     flags.string("Server", "signature", "serving_bytes", "a signature that takes image_bytes")
-    flags.real("Server", "timeout", 10.0, "seconds that an answer may take")
-    flags.integer("Load", "repeat", 1, "how often all images are sent")
-    flags.integer("Load", "concurrency", 1, "requests at a time")
+    flags.real("Server", "timeout", 10.0, "seconds that an answer may take", low=0.001, high=86400)
+    flags.integer("Load", "repeat", 1, "how often all images are sent", low=1, high=10**6)
+    flags.integer("Load", "concurrency", 1, "requests at a time", low=1, high=1024)
     app.run(main, __doc__, arguments=True)

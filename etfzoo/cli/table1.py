@@ -15,24 +15,30 @@ import os
 import shlex
 import sys
 
-from etfzoo.cli import app, configs, flags
+from etfzoo.cli import app, flags
+from etfzoo.cli.finetune import MODES
 from etfzoo.cli.flags import FLAGS
+from etfzoo.models.table import BACKBONES, METHODS
+from etfzoo.training.config import MOST_IMAGES, SEEDS
+from etfzoo.training.protocols import PROTOCOLS
 
 # Few epochs at the rates of the demo, and a search of the fine-tuning's rate in each cell.
 QUICK = {
     "source": "shapes/source",
     "targets": ["digits"],
     "backbones": ["rn18"],
-    "seeds": ["0", "1"],
+    "seeds": [0, 1],
     "protocol": "quickstart",
     "epochs": 3,
     "batch_size": 64,
     "finetune_epochs": 3,
-    "learning_rate": ["0.003", "0.01", "0.03"],
+    "learning_rate": [0.003, 0.01, 0.03],
     "finetune_batch_size": 32,
     "eval_every": 3,
     "jobs": 2,
 }
+LISTS = ("backbones", "methods", "targets", "modes", "seeds")
+RATES = {"low": 1e-12, "high": 10**6}
 SETTINGS = (
     "source", "protocol", "data_dir", "source_search_epochs", "epochs", "batch_size",
     "finetune_epochs", "finetune_batch_size", "image_size", "eval_every", "mixed_precision",
@@ -42,14 +48,11 @@ SETTINGS = (
 def main():
     import tensorflow as tf
 
-    import etfzoo
     from etfzoo.experiments import report, runner
     from etfzoo.runtime.interruption import Stopped
 
     settings = _settings()
     jobs = _value("jobs")
-    if jobs < 1:
-        raise etfzoo.EtfzooError(f"--jobs must be at least 1; got {jobs}")
     gpus = tf.config.list_physical_devices("GPU")
     tf.config.set_visible_devices([], "GPU")  # their memory is for the cells
     if FLAGS.dry_run:
@@ -74,29 +77,22 @@ def _value(name):
 
 
 def _settings():
-    import etfzoo
     from etfzoo import files
     from etfzoo.experiments import sweep
 
-    try:
-        seeds = tuple(int(seed) for seed in _value("seeds"))
-    except ValueError as error:
-        raise etfzoo.EtfzooError(f"--seeds takes whole numbers: {error}") from error
     root = FLAGS.workdir or ("runs/table1_quick" if FLAGS.quick else "runs/table1")
     given = {name: _value(name) for name in SETTINGS}
-    given["image_size_schedule"] = configs.setting_value("image_size_schedule") or ()
+    given["image_size_schedule"] = FLAGS.image_size_schedule or ()
     if FLAGS.quick and not FLAGS.data_dir:
         given["data_dir"] = os.path.join(root, "data")
         if not FLAGS.dry_run:
             files.make_directory(given["data_dir"])
     rates = {
-        f"{name}s": tuple(configs.parse_numbers(name, _value(name))) if _value(name) else ()
-        for name in ("learning_rate", "source_learning_rate")
+        f"{name}s": tuple(_value(name) or ()) for name in ("learning_rate", "source_learning_rate")
     }
     return sweep.Sweep(
         root=root,
-        seeds=seeds,
-        **{name: tuple(_value(name)) for name in ("backbones", "methods", "targets", "modes")},
+        **{name: tuple(_value(name)) for name in LISTS},
         **given,
         **rates,
     )
@@ -158,32 +154,39 @@ def run():
     flags.string(data, "source", "imagenet2012", "data set of the pretraining")
     flags.strings(data, "targets", "cifar100,cifar10,stl10,svhn_cropped,oxford_iiit_pet,"
                 "oxford_flowers102,dtd", "data sets that models are transferred to")  # fmt: skip
-    flags.string(data, "data_dir", None, "TFDS data directory (default: TFDS's own)")
-    flags.integer(data, "image_size", None, "height and width in pixels (default: the protocol's)")
+    flags.path(data, "data_dir", None, "TFDS data directory (default: TFDS's own)")
+    flags.image_size_flag("the protocol's")
     flags.settings("image_size_schedule")
-    flags.strings("Model", "backbones", "rn50,rn101", "rn18, rn34, rn50 or rn101")
-    flags.strings("Model", "methods", "linear,sw,etf", "linear, sw (linear with whitening) or etf")
-    flags.strings("Model", "modes", "full,linear_probe,knn", "what is done on targets")
-    flags.string(training, "protocol", "paper_lowres", "paper, paper_lowres, standard, strong, "
-               "sw_official or quickstart: where unset flags take their values from")  # fmt: skip
-    flags.strings(training, "seeds", "0", "of pretraining and of what follows it")
+    text = "rn18, rn34, rn50 or rn101"
+    flags.strings("Model", "backbones", "rn50,rn101", text, choices=BACKBONES)
+    text = "linear, sw (linear with whitening) or etf"
+    flags.strings("Model", "methods", "linear,sw,etf", text, choices=METHODS)
+    text = "what is done on targets"
+    flags.strings("Model", "modes", ",".join(MODES), text, choices=MODES)
+    text = f"{', '.join(PROTOCOLS)}: where unset flags take their values from"
+    flags.string(training, "protocol", "paper_lowres", text, choices=PROTOCOLS)
+    flags.integers(training, "seeds", "0", "of pretraining and of what follows it", **SEEDS)
     flags.numbers(
         training, "learning_rate", None, "grid of the fine-tuning, widened where the best lies at "
-        "its edge (default: a third, once and three times the protocol's)"
+        "its edge (default: a third, once and three times the protocol's)", **RATES
     )  # fmt: skip
     flags.numbers(
         training, "source_learning_rate", None, "one for the pretraining, or several that are "
-        "searched with the first backbone and seed (default: the protocol's)"
+        "searched with the first backbone and seed (default: the protocol's)", **RATES
     )  # fmt: skip
-    flags.integer(training, "source_search_epochs", None, "of each of several (default: all)")
-    flags.integer(training, "epochs", None, "of the pretraining")
-    flags.integer(training, "finetune_epochs", None, "of the fine-tuning")
-    flags.integer(training, "batch_size", None, "of the pretraining")
-    flags.integer(training, "finetune_batch_size", None, "of the fine-tuning")
-    flags.integer(training, "eval_every", None, "epochs between evaluations (default: 1)")
-    flags.string("Machine", "mixed_precision", None, "none, bfloat16 or float16 (default: none)")
-    flags.integer("Machine", "jobs", 1, "cells at a time; they share the cores, and GPUs one each")
+    for name, text, high in (
+        ("source_search_epochs", "of each of several (default: all)", 10**6),
+        ("epochs", "of the pretraining", 10**6),
+        ("finetune_epochs", "of the fine-tuning", 10**6),
+        ("batch_size", "of the pretraining", MOST_IMAGES),
+        ("finetune_batch_size", "of the fine-tuning", MOST_IMAGES),
+        ("eval_every", "epochs between evaluations (default: 1)", 10**6),
+    ):
+        flags.integer(training, name, None, text, low=1, high=high)
+    flags.settings("mixed_precision")
+    text = "cells at a time; they share the cores, and GPUs one each"
+    flags.integer("Machine", "jobs", 1, text, low=1, high=1024)
     flags.boolean("Sweep", "dry_run", False, "print the plan, and run nothing")
     flags.boolean("Sweep", "quick", False, "small embedded data, rn18, two seeds")
-    flags.string("Files", "workdir", None, "directory of the sweep (default: runs/table1)")
+    flags.path("Files", "workdir", None, "directory of the sweep (default: runs/table1)")
     app.run(main, __doc__)

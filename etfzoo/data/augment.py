@@ -1,4 +1,4 @@
-"""Decoding and augmentation as pure TensorFlow functions: the same inputs give the same pixels.
+"""Crops, sizes and augmentation as pure TensorFlow functions: the same inputs give the same pixels.
 
 Every random draw takes a stateless key, so that an image depends on its key alone and neither on
 the order nor on the number of threads.
@@ -9,88 +9,11 @@ import math
 import tensorflow as tf
 
 from etfzoo.data.augmentation import Augmentation
+from etfzoo.data.decoding import decode_region, image_size
 from etfzoo.data.rand_augment import rand_augment
 
 MAX_RATIO = 4 / 3  # of the longer to the shorter side of a resized crop
 TRIES = 10  # draws of a resized crop until one fits into the image
-MAX_PIXELS = 2**26  # of an image from a stranger; decoding takes up to some 6 bytes a pixel
-
-
-def decode(encoded: tf.Tensor, fast: bool = False) -> tf.Tensor:
-    """An encoded JPEG, PNG, BMP or GIF string as uint8 RGB `[H, W, 3]`.
-
-    Args:
-        encoded: scalar string.
-        fast: whether a JPEG is decoded with the fast approximation of the cosine transform, some
-            levels of 255 off; otherwise its pixels are those of Pillow.
-    """
-    image = tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_dct_method(fast)),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-    )
-    return tf.ensure_shape(image, [None, None, 3])
-
-
-def _dct_method(fast):
-    return "INTEGER_FAST" if fast else "INTEGER_ACCURATE"
-
-
-def check_size(encoded: tf.Tensor) -> tf.Tensor:
-    """The encoded image itself, if its header says that it is safe to decode.
-
-    Some kilobytes may unfold to gigabytes, so the size is read before anything is decoded.
-
-    Args:
-        encoded: scalar string.
-
-    Raises:
-        tf.errors.InvalidArgumentError: when it runs: neither JPEG nor PNG, no readable header, or
-            more than MAX_PIXELS.
-    """
-
-    def size_of_png():
-        start = tf.strings.substr(encoded, 0, 24) + 24 * "\0"  # of a short file as well
-        # 8 bytes signature, 4 length, then the first chunk, which libpng wants to be IHDR
-        first = tf.strings.substr(start, 0, 8) + tf.strings.substr(start, 12, 4)
-        is_png = tf.debugging.Assert(
-            first == b"\x89PNG\r\n\x1a\nIHDR", ["neither a JPEG nor a PNG image"]
-        )
-        with tf.control_dependencies([is_png]):
-            sides = tf.strings.substr(start, 16, 8)
-        return tf.cast(tf.io.decode_raw(sides, tf.int32, little_endian=False), tf.int64)
-
-    size = tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.cast(tf.image.extract_jpeg_shape(encoded)[:2], tf.int64),
-        size_of_png,
-    )
-    # A side below zero is one above 2**31 - 1, which no PNG has.
-    bearable = (tf.reduce_min(size) > 0) & (tf.reduce_prod(size) <= MAX_PIXELS)
-    message = f"the image has no pixels or more than {MAX_PIXELS}; its sides are"
-    with tf.control_dependencies([tf.debugging.Assert(bearable, [message, size])]):
-        return tf.identity(encoded)
-
-
-def _decode_region(encoded, region, fast=False):
-    """The given rows and columns as uint8; a JPEG's others are not decoded."""
-    top, left, height, width = tf.unstack(region)
-    return tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_and_crop_jpeg(
-            encoded, region, channels=3, dct_method=_dct_method(fast)
-        ),
-        lambda: tf.slice(decode(encoded), [top, left, 0], [height, width, 3]),
-    )
-
-
-def image_shape(encoded: tf.Tensor) -> tf.Tensor:
-    """Height, width and channels of an encoded image, int32; of a JPEG without decoding it."""
-    return tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: tf.image.extract_jpeg_shape(encoded),
-        lambda: tf.shape(decode(encoded)),
-    )
 
 
 def _resample(pixels, window, height, width):
@@ -129,15 +52,15 @@ def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -
     a target pixel beside this one.
 
     Args:
-        encoded: scalar string. JPEGs are decoded exactly, see `decode`.
+        encoded: scalar string. JPEGs are decoded exactly, see `etfzoo.data.decoding`.
         height, width: target size in pixels.
         crop: share of the shorter side that is kept, e.g. 0.875.
 
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    region, window = evaluation_window(image_shape(encoded), height, width, crop)
-    pixels = _decode_region(encoded, region)
+    region, window = evaluation_window(image_size(encoded), height, width, crop)
+    pixels = decode_region(encoded, region)
     return _resample(pixels, _inside(window, region), height, width)
 
 
@@ -228,9 +151,9 @@ def training_image(
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
     region, window, antialias, shift, flip = draw(
-        image_shape(encoded), key, height, width, augmentation, crop
+        image_size(encoded), key, height, width, augmentation, crop
     )
-    pixels = _decode_region(encoded, region, fast=True)
+    pixels = decode_region(encoded, region, fast=True)
     if augmentation.crop == "resized_crop":
         image = tf.cond(
             antialias,

@@ -2,17 +2,24 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import tensorflow as tf
 
+from etfzoo import files
 from etfzoo.data.datasets import Dataset
+from etfzoo.data.decoding import SUFFIXES
 from etfzoo.data.source import KEYS, Source, ordered
 from etfzoo.errors import EtfzooError
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+log = logging.getLogger("etfzoo")
+
+# How the folders of a split are spelled; of others that mean one it is said what is expected.
+_SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+_MEANT = {"training", "testing", "dev", "eval", "evaluation"}.union(*_SPLITS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +52,12 @@ class _FolderSource(Source):
         return len(self._files(split))
 
     def records(self, split, shuffle_seed=None):
-        files = self._files(split)
+        items = self._files(split)
         columns = {
-            "record": tf.constant([path for path, _ in files]),
-            "label": tf.constant([label for _, label in files], tf.int32),
+            "record": tf.constant([os.fsencode(path) for path, _ in items]),
+            "label": tf.constant([label for _, label in items], tf.int32),
         }
-        root = str(self.root) + os.sep
+        root = os.fsencode(self.root) + os.sep.encode()
         return ordered(columns, shuffle_seed).map(
             lambda r: (
                 r
@@ -69,58 +76,127 @@ def open_folder(name: str) -> Source:
     Raises:
         EtfzooError: no such folder, no images, fewer than two classes, or nothing to test on.
     """
-    root = Path(name.removeprefix("folder:")).expanduser()
-    if not root.is_dir():
+    root = files.expand(name.removeprefix("folder:"))
+    if not os.path.isdir(root):
         raise EtfzooError(f"image folder {root} does not exist")
-    if (root / "train").is_dir():
-        folders = {"train": root / "train"}
-        for split, spellings in (("val", ("val", "validation", "valid")), ("test", ("test",))):
-            found = [root / s for s in spellings if (root / s).is_dir()]
-            if found:
-                folders[split] = found[0]
-        classes = _subfolders(folders["train"])
-        files = {split: _list_images(root, path, classes) for split, path in folders.items()}
-    else:
-        classes = _subfolders(root)
-        files = {"train": _list_images(root, root, classes)}
-    for split, items in files.items():
+    left_out = LeftOut(root)
+    folders = _split_folders(root, left_out)
+    names = {split: _subfolders(path, left_out) for split, path in folders.items()}
+    classes = names["train"]
+    for split, path in folders.items():
+        strange = set(names[split]) - set(classes)
+        if strange:
+            raise EtfzooError(
+                f"{path} has class folders that the training split lacks: {_some(sorted(strange))}"
+            )
+    found = {
+        split: tuple(
+            (str(file.relative_to(root)), classes.index(name))
+            for name in names[split]
+            for file in _images_below(path / name, left_out)
+        )
+        for split, path in folders.items()
+    }
+    for split, items in found.items():
         if not items:
             raise EtfzooError(
                 f"no images in {root} ({split}): expected one subfolder a class with "
-                f"{', '.join(_IMAGE_SUFFIXES)} files"
+                f"{', '.join(SUFFIXES)} files{left_out.told()}"
             )
-    present = {label for _, label in files["train"]}
+    present = {label for _, label in found["train"]}
     if len(classes) < 2 or len(present) < len(classes):
         empty = [c for i, c in enumerate(classes) if i not in present]
         raise EtfzooError(
             f"{root} needs at least two class folders, each with training images; found "
-            f"{len(classes)}" + (f", empty: {', '.join(empty[:5])}" if empty else "")
+            f"{len(classes)}{f', empty: {_some(empty)}' if empty else ''}{left_out.told()}"
         )
+    left_out.warn()
     return _FolderSource(
         name=name,
         row=Dataset("", len(classes), train="train", fit="fit", select="select", test="test"),
         class_names=tuple(classes),
         root=root,
-        files=_complete_splits(files),
+        files=_complete_splits(found),
     )
 
 
-def _subfolders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+class LeftOut:
+    """What is not read of a folder: counted, and some of it named."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, why: str, path) -> None:
+        """Counts a file or folder.
+
+        Args:
+            why: what it is, in the plural.
+            path: where it is.
+        """
+        self._names.setdefault(why, []).append(os.path.relpath(path, self.root))
+
+    def told(self) -> str:
+        """What is left out, as the end of a sentence; nothing where nothing is."""
+        kinds = (f"{len(names)} {why} ({_some(names)})" for why, names in self._names.items())
+        return f"; left out there: {', '.join(kinds)}" if self._names else ""
+
+    def warn(self) -> None:
+        """Says it where there is something to say."""
+        if self._names:
+            log.warning("images of %s%s", self.root, self.told())
 
 
-def _list_images(root: Path, path: Path, classes) -> tuple[tuple[str, int], ...]:
-    strange = set(_subfolders(path)) - set(classes)
-    if strange:
+def _some(names, most=3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _entries(path: Path) -> list[Path]:
+    """What is in a folder, sorted."""
+    try:
+        return sorted(path.iterdir())
+    except OSError as error:
+        raise EtfzooError(f"folder {path} cannot be read: {error.strerror or error}") from error
+
+
+def _split_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
+    """The folder of each split; all is for training where they are not told apart."""
+    names = [p.name for p in _entries(root) if os.path.isdir(p) and not p.name.startswith(".")]
+    meant = [name for name in names if name.lower() in _MEANT]
+    folders = {
+        split: [name for name in names if name in spellings] for split, spellings in _SPLITS.items()
+    }
+    strange = set(meant).difference(*folders.values())
+    if meant and (strange if folders["train"] else len(meant) > 1 or meant == names):
         raise EtfzooError(
-            f"{path} has class folders that the training split lacks: "
-            f"{', '.join(sorted(strange)[:5])}"
+            f"{root} has the folders {', '.join(names[:10])}; expected train/ and val/ or test/ or "
+            "both, spelled so, with one subfolder a class in each; or one subfolder a class alone"
         )
-    return tuple(
-        (str(file.relative_to(root)), label)
-        for label, name in enumerate(classes)
-        for file in _images_below(path / name)
-    )
+    if not folders["train"]:
+        return {"train": root}
+    for found in folders.values():
+        if len(found) > 1:
+            raise EtfzooError(f"{root} has {' and '.join(found)}, which mean the same split")
+    for path in _entries(root):
+        if path.name not in set().union(*folders.values()):
+            left_out.add("files and folders beside those of the splits", path)
+    return {split: root / found[0] for split, found in folders.items() if found}
+
+
+def _subfolders(path: Path, left_out: LeftOut) -> list[str]:
+    """The names of the classes of a split."""
+    names = []
+    for entry in _entries(path):
+        if not os.path.isdir(entry):
+            left_out.add("files outside of the folders of the classes", entry)
+        elif entry.name.startswith("."):
+            left_out.add("hidden files and folders", entry)
+        else:
+            names.append(entry.name)
+    for name in names:
+        if os.fsencode(name).decode("utf-8", "replace") != name:
+            raise EtfzooError(f"the name of class folder {path / name} is not UTF-8: rename it")
+    return names
 
 
 def image_files(paths) -> list[Path]:
@@ -130,49 +206,73 @@ def image_files(paths) -> list[Path]:
         EtfzooError: no such file or folder, or no image in a folder.
     """
     found = []
-    for path in map(Path, paths):
-        images = _images_below(path) if path.is_dir() else [path]
-        if not path.exists():
+    for path in map(files.expand, paths):
+        if not os.path.exists(path):
             raise EtfzooError(f"no such file or folder: {path}")
+        if not os.path.isdir(path):
+            if not os.path.isfile(path):
+                raise EtfzooError(f"{path} is neither a file nor a folder")
+            found.append(path)
+            continue
+        left_out = LeftOut(path)
+        images = _images_below(path, left_out)
         if not images:
-            raise EtfzooError(f"no images in {path} ({', '.join(_IMAGE_SUFFIXES)})")
+            raise EtfzooError(f"no images in {path} ({', '.join(SUFFIXES)}){left_out.told()}")
+        left_out.warn()
         found += images
     return found
 
 
-def _images_below(path: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in _IMAGE_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+def _images_below(path: Path, left_out: LeftOut) -> list[Path]:
+    """The images in a folder, however deep, sorted; links are followed, but not in circles."""
+    images = []
+
+    def search(folder, above):
+        above = {*above, os.path.realpath(folder)}
+        for entry in _entries(folder):
+            if entry.name.startswith("."):
+                left_out.add("hidden files and folders", entry)
+            elif os.path.isdir(entry):
+                if os.path.realpath(entry) in above:
+                    left_out.add("links to a folder that they lie in", entry)
+                else:
+                    search(entry, above)
+            elif not os.path.exists(entry):
+                left_out.add("links that lead nowhere", entry)
+            elif not os.path.isfile(entry):
+                left_out.add("FIFOs, devices and sockets", entry)
+            elif entry.suffix.lower() not in SUFFIXES:
+                left_out.add(f"files that are not {', '.join(SUFFIXES)}", entry)
+            else:
+                images.append(entry)
+
+    search(path, set())
+    return sorted(images)
 
 
-def _complete_splits(files) -> dict:
+def _complete_splits(found) -> dict:
     """Adds what is missing: a fixed share of each class, chosen by the hash of the file's name.
 
     The choice is the same on every machine and does not depend on the other classes.
     """
-    files = dict(files)
-    if "test" not in files:
-        if "val" in files:
-            files["test"] = files.pop("val")
+    splits = dict(found)
+    if "test" not in splits:
+        if "val" in splits:
+            splits["test"] = splits.pop("val")
         else:
-            files["train"], files["test"] = _hold_out(files["train"], 0.2)
-    if "val" in files:
-        files["fit"], files["select"] = files["train"], files["val"]
+            splits["train"], splits["test"] = _hold_out(splits["train"], 0.2)
+    if "val" in splits:
+        splits["fit"], splits["select"] = splits["train"], splits["val"]
     else:
-        fit, select = _hold_out(files["train"], 0.1)
+        fit, select = _hold_out(splits["train"], 0.1)
         if select:
-            files["fit"], files["select"] = fit, select
-    if not files["test"]:
+            splits["fit"], splits["select"] = fit, select
+    if not splits["test"]:
         raise EtfzooError(
             "no class has two images, so none can be held out for testing: add images, or train/ "
             "and test/ folders"
         )
-    return files
+    return splits
 
 
 def _hold_out(items, share):
@@ -181,7 +281,7 @@ def _hold_out(items, share):
         by_class.setdefault(label, []).append(path)
     kept, held = [], []
     for label, paths in by_class.items():
-        order = sorted(paths, key=lambda p: hashlib.sha256(p.encode()).digest())
+        order = sorted(paths, key=lambda p: hashlib.sha256(os.fsencode(p)).digest())
         # Training comes first: a class with one image has none to hold out.
         count = min(max(1, round(share * len(order))), len(order) - 1)
         held += [(p, label) for p in sorted(order[:count])]

@@ -16,7 +16,8 @@ import tensorflow as tf
 from etfzoo.data import augment
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
-from etfzoo.data.source import Source
+from etfzoo.data.readable import why_unreadable
+from etfzoo.data.source import Source, naming_source
 from etfzoo.errors import EtfzooError
 
 PARALLEL = os.cpu_count()  # examples at a time
@@ -46,7 +47,6 @@ class Pipeline:
         batch_size: examples a batch, over all devices.
         augmentation: what training draws at random.
         seed: seed of order and augmentation.
-        corrupt: keys of records that are left out (see find_corrupt).
         mixing: how training mixes images and labels; None mixes nothing.
     """
 
@@ -59,13 +59,11 @@ class Pipeline:
         batch_size: int,
         augmentation: Augmentation,
         seed: int,
-        corrupt: tuple[int, ...] = (),
         mixing: Mixing | None = None,
     ):
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
-        self.corrupt = corrupt
         self.mixing = mixing or Mixing()
         self.preprocessing = (height, width, crop)  # of evaluation
         self.augmentation = augmentation
@@ -95,15 +93,12 @@ class Pipeline:
             self.batch_size,
             self.augmentation,
             self.seed,
-            self.corrupt,
             self.mixing,
         )
 
     def size(self, split: str) -> int:
         """Number of examples of a split or role that training or evaluation will see."""
-        if not self.corrupt:
-            return self.source.size(split)
-        return sum(1 for _ in self._records(split))
+        return self.source.size(split)
 
     def training(
         self, split: str, epoch: int, start_step: int = 0, share: InputShare | None = None
@@ -146,7 +141,7 @@ class Pipeline:
         self, split: str, epoch: int, start_step: int = 0, share: InputShare | None = None
     ) -> tf.data.Dataset:
         """The records that `training` makes its images of, in its order."""
-        records = self._records(split, self._epoch_seeds(epoch)[0])
+        records = self.source.records(split, self._epoch_seeds(epoch)[0])
         records = records.skip(start_step * self.batch_size)
         if share is not None:
             whole = (self.size(split) // self.batch_size - start_step) * self.batch_size
@@ -172,7 +167,7 @@ class Pipeline:
 
     def evaluation_records(self, split: str, share: InputShare | None = None) -> tf.data.Dataset:
         """The records that `evaluation` makes its images of, in its order."""
-        records = self._records(split)
+        records = self.source.records(split)
         if share is not None:
             fill = records.take(1).repeat(-self.size(split) % self.batch_size)
             fill = fill.map(lambda record: record | {"label": tf.constant(-1, tf.int32)})
@@ -182,10 +177,11 @@ class Pipeline:
     def fingerprint(self, split: str) -> str:
         """SHA-256 of the encoded images and labels of a split or role, in file order."""
         digest = hashlib.sha256()
-        for record in self._records(split).batch(64).as_numpy_iterator():
-            for image, label in zip(record["image"], record["label"], strict=True):
-                digest.update(f"{label} {len(image)} ".encode())
-                digest.update(image)
+        with naming_source(self.source.name):
+            for record in self.source.records(split).batch(64).as_numpy_iterator():
+                for image, label in zip(record["image"], record["label"], strict=True):
+                    digest.update(f"{label} {len(image)} ".encode())
+                    digest.update(image)
         return digest.hexdigest()
 
     @contextlib.contextmanager
@@ -199,33 +195,28 @@ class Pipeline:
             EtfzooError: naming the first record that cannot be decoded, or the missing or
                 damaged file.
         """
+        name = self.source.name
         try:
-            yield
+            with naming_source(name, records=False):
+                yield
         except tf.errors.InvalidArgumentError as error:
             order = None if epoch is None else self._epoch_seeds(epoch)[0]
-            for record in self._records(split, order).skip(start_step * self.batch_size):
-                if not _decodes(record["image"]):
-                    raise EtfzooError(
-                        f"{record['record'].numpy().decode()} ({split} split of "
-                        f"{self.source.name}) is not a readable image; replace it, or train with "
-                        "`skip_corrupt` to leave such images out"
-                    ) from error
+            records = self.source.records(split, order).skip(start_step * self.batch_size)
+            with naming_source(name):
+                for record in records:
+                    reason = why_unreadable(record["image"])
+                    if reason is not None:
+                        raise EtfzooError(
+                            f"{os.fsdecode(record['record'].numpy())} ({split} split of {name}) is "
+                            f"not a readable image ({reason}); replace it, or leave such images "
+                            "out with `skip_corrupt`"
+                        ) from error
             raise
-        except (tf.errors.NotFoundError, tf.errors.DataLossError, tf.errors.UnknownError) as error:
-            reason = str(error.message).splitlines()[0]
-            raise EtfzooError(f"data set {self.source.name} cannot be read: {reason}") from error
 
     def _epoch_seeds(self, epoch):
         """Seeds of the epoch's order and of its draws."""
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(2)
         return tuple(int(s) & 0x7FFFFFFF for s in state)
-
-    def _records(self, split, shuffle_seed=None):
-        records = self.source.records(split, shuffle_seed)
-        if self.corrupt:
-            corrupt = tf.constant(self.corrupt, tf.int64)
-            records = records.filter(lambda r: tf.reduce_all(r["key"] != corrupt))
-        return records
 
     def _shared(self, records, share):
         """The records of a share: a run of neighbours in each global batch."""
@@ -243,28 +234,6 @@ class Pipeline:
         size = self.batch_size // (share.replicas if share else 1)
         batches = examples.batch(size, drop_remainder=drop_remainder or share is not None)
         return batches.prefetch(2)
-
-
-def find_corrupt(source: Source, splits) -> dict[int, str]:
-    """Decodes every record of some splits once.
-
-    Returns:
-        key -> name of the records that cannot be decoded.
-    """
-    corrupt = {}
-    for split in splits:
-        for record in source.records(split):
-            if not _decodes(record["image"]):
-                corrupt[int(record["key"])] = record["record"].numpy().decode()
-    return corrupt
-
-
-def _decodes(encoded) -> bool:
-    try:
-        augment.decode(encoded)
-    except tf.errors.InvalidArgumentError:
-        return False
-    return True
 
 
 def evaluation_pipeline(spec, source: Source, batch_size: int) -> Pipeline:

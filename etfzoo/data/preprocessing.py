@@ -1,11 +1,11 @@
 """From images of any kind to a model's batch, and from its logits to labels."""
 
 import os
-from pathlib import Path
 
 import keras
 import numpy as np
 
+from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line
 
 
@@ -14,9 +14,11 @@ def preprocess(model, images) -> np.ndarray:
 
     Args:
         model: an ImageClassifier (or what has its `spec`).
-        images: one image or a list of images, which may differ in size and kind. An image is a
-            NumPy array or tensor `[H, W, 3]`, RGB, uint8 or floating point in 0..255; a PIL image;
-            or the path of a JPEG, PNG, BMP or GIF file. An array `[N, H, W, 3]` is N images.
+        images: one image or several, which may differ in size and kind: a list, a generator, an
+            array of paths, a tf.data.Dataset of images. An image is a NumPy array or tensor
+            `[H, W, 3]`, RGB, uint8 or floating point in 0..255; a PIL image; or the path of a
+            JPEG, PNG, BMP or GIF file. An array `[N, H, W, 3]` is N images. The orientation
+            that a camera notes in EXIF is not applied, as in training and serving.
 
     Returns:
         float32 `[N, height, width, 3]`, whole numbers in 0..255; the normalisation is a layer of
@@ -111,11 +113,13 @@ def decode_predictions(
 
 def _listed(images):
     """The images one by one."""
-    if isinstance(images, list | tuple):
-        return images
-    if not isinstance(images, str | os.PathLike) and len(getattr(images, "shape", ())) == 4:
-        return list(images)
-    return [images]
+    if isinstance(images, np.ndarray) and (images.dtype == object or images.dtype.kind in "US"):
+        return images.ravel()
+    shape = getattr(images, "shape", None)
+    if shape is not None:
+        return list(_values(images, "this")) if len(shape) == 4 else [images]
+    one = isinstance(images, str | bytes | os.PathLike) or not hasattr(images, "__iter__")
+    return [images] if one else images
 
 
 def _from_file(path, target):
@@ -123,10 +127,9 @@ def _from_file(path, target):
 
     from etfzoo.data import augment
 
+    content = files.read_bytes(files.expand(path))
     try:
-        return augment.evaluation_image(Path(path).expanduser().read_bytes(), *target).numpy()
-    except OSError as e:
-        raise EtfzooError(f"{path} cannot be read: {e.strerror or e}") from e
+        return augment.evaluation_image(content, *target).numpy()
     except tf.errors.InvalidArgumentError as e:
         raise EtfzooError(f"{path} is no image that can be read: {first_line(e)}") from e
 
@@ -136,10 +139,10 @@ def _pixels(image, what):
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return _pixels_of_pil(image, what)
     if isinstance(image, bytes):
         raise EtfzooError(f"{what} is encoded; write it to a file, or decode it first")
-    pixels = np.asarray(keras.ops.convert_to_numpy(image))
+    pixels = _values(image, what)
     if pixels.dtype == object:
         raise EtfzooError(
             f"{what} is a {type(image).__name__}; give an array, a PIL image or a path"
@@ -161,3 +164,37 @@ def _pixels(image, what):
             f"the largest value of {what} is {high:g}: multiply it by 255, or give it as uint8"
         )
     return pixels
+
+
+def _values(image, what):
+    """What is in an array or tensor of any library."""
+    try:
+        return np.asarray(keras.ops.convert_to_numpy(image))
+    except Exception as e:  # TensorFlow, JAX and Keras each raise another one
+        raise EtfzooError(
+            f"{what}, a {type(image).__name__}, has no values here. In a function that is traced, "
+            "as in dataset.map, write tf.numpy_function(lambda image: etfzoo.preprocess(model, "
+            "image), [image], tf.float32)"
+        ) from e
+
+
+def _pixels_of_pil(image, what):
+    """As the decoder of files gives them: the upper 8 bits of 16, and alpha dropped."""
+    from etfzoo.data import decoding
+
+    if image.mode in ("I", "F"):
+        raise EtfzooError(
+            f"{what} is a PIL image of mode {image.mode}, whose values have no range; give it as "
+            "an array [height, width, 3] in 0..255"
+        )
+    if image.width * image.height > decoding.max_pixels():
+        raise EtfzooError(
+            f"{what} has {image.height} x {image.width} pixels, more than {decoding.max_pixels()}"
+        )
+    try:
+        if image.mode.startswith("I;16"):
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.stack([grey] * 3, axis=-1)
+        return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as e:  # Pillow decodes a file only here
+        raise EtfzooError(f"{what} cannot be decoded: {first_line(e)}") from e

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from etfzoo.data.datasets import EMBEDDED
+from etfzoo.errors import EtfzooError
 
 SPLITS = ("train", "validation", "test")
 IMAGE_SIZE = 32
@@ -367,10 +368,20 @@ def prepare(data_dir, names=EMBEDDED):
     Args:
         data_dir: str or path, the TFDS data directory.
         names: names of data sets, some of `EMBEDDED`.
+
+    Raises:
+        EtfzooError: the directory cannot be written.
     """
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     for name in names:
         builder = tfds.builder(name, data_dir=data_dir)
-        # TFDS announces a download and shows progress bars: noise, as nothing is downloaded.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare(download_config=config)
+        try:
+            # TFDS announces a download and shows progress bars: noise, as nothing is downloaded.
+            with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stderr(io.StringIO()):
+                    builder.download_and_prepare(download_config=config)
+        except OSError as error:
+            raise EtfzooError(
+                f"{name} cannot be drawn into {builder.data_dir}: {error.strerror or error}; "
+                "choose another data directory"
+            ) from error

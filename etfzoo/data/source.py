@@ -6,6 +6,7 @@ augmentation) and its readable name (for error messages); where the source is he
 `index`, its place in file order.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 
@@ -13,9 +14,19 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo.data.datasets import Dataset
+from etfzoo.errors import EtfzooError, first_line
 
 KEYS = 2**31 - 1
 ROLES = ("train", "fit", "select", "test")
+
+# What TensorFlow raises of files that are missing, locked, damaged, or of fewer records than said.
+_FILE_ERRORS = (
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.DataLossError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnknownError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +75,24 @@ class Source:
     def records(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
         """Encoded records of a split or role, in file order or in the order of a seed."""
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def naming_source(name: str, *, records: bool = True):
+    """Turns what TensorFlow raises while a data set is read into one line that names it.
+
+    Args:
+        name: of the data set.
+        records: whether nothing but records is read, so that a bad argument is one of theirs.
+
+    Raises:
+        EtfzooError: a file is missing, locked or damaged, or a record is not as it should be.
+    """
+    errors = (*_FILE_ERRORS, tf.errors.InvalidArgumentError) if records else _FILE_ERRORS
+    try:
+        yield
+    except errors as error:
+        raise EtfzooError(f"data set {name} cannot be read: {first_line(error)}") from error
 
 
 def ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.data.Dataset:

@@ -1,17 +1,20 @@
 """Data sets of tensorflow_datasets (TFDS) as sources; TFDS is imported when one is opened."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
 import re
+import stat
 from pathlib import Path
 
 import tensorflow as tf
 
+from etfzoo import files
 from etfzoo.data.datasets import DATASETS, EMBEDDED, Dataset
-from etfzoo.data.source import KEYS, Source, ordered, reading
-from etfzoo.errors import EtfzooError, unknown
+from etfzoo.data.source import KEYS, Source, naming_source, ordered, reading
+from etfzoo.errors import EtfzooError, first_line, unknown
 
 log = logging.getLogger("etfzoo")
 
@@ -19,6 +22,8 @@ log = logging.getLogger("etfzoo")
 MEMORY_BYTES = 1 << 30
 # A file beside the records of a TFDS data set: its lines end with a class name, a tab, its meaning.
 WORDS = "words.txt"
+# Names are made of what a file says is their number.
+_MOST_CLASSES = 10**6
 
 
 def open_tfds(name: str, data_dir: str | None = None, prepare: bool = True) -> Source:
@@ -28,16 +33,26 @@ def open_tfds(name: str, data_dir: str | None = None, prepare: bool = True) -> S
 
     if data_dir is not None and not os.path.isdir(data_dir):
         raise EtfzooError(f"data directory {data_dir} does not exist; check `data_dir`")
+    if ":" in name and not re.fullmatch(r"[\w/]+:[\d.*]+", name):
+        raise EtfzooError(
+            f"{name!r} is no data set: before a colon stands a name of TFDS, behind it a version; "
+            "what TFDS calls namespaces would run the code of others"
+        )
     row = DATASETS.get(name)
-    if name in EMBEDDED and prepare:
-        from etfzoo.data import shapes
+    with _own_features_alone(tfds):
+        if name in EMBEDDED and prepare:
+            from etfzoo.data import shapes
 
-        shapes.prepare(data_dir, [name])
-    if name == "tiny_imagenet":
-        from etfzoo.data import tiny_imagenet  # noqa: F401 - TFDS knows it from here on
-    builder = _tfds_builder(tfds, name, row, data_dir, prepare)
+            shapes.prepare(data_dir, [name])
+        if name == "tiny_imagenet":
+            from etfzoo.data import tiny_imagenet  # noqa: F401 - TFDS knows it from here on
+        builder = _tfds_builder(tfds, name, row, data_dir, prepare)
     image_key, label_key = _feature_keys(tfds, name, builder)
     label = builder.info.features[label_key]
+    if not 0 < (label.num_classes or 0) <= _MOST_CLASSES:
+        raise EtfzooError(
+            f"data set {name} says in features.json that it has {label.num_classes} classes"
+        )
     names = tuple(label.names) if label.num_classes == len(label.names or ()) else ()
     if not names:
         names = tuple(str(i) for i in range(label.num_classes))
@@ -92,7 +107,7 @@ class _TfdsSource(Source):
             raise EtfzooError(
                 f"data set {self.name} has no split {split!r}; it has: {known}"
             ) from error
-        if info.num_examples == 0:
+        if info.num_examples <= 0:
             raise EtfzooError(f"split {split!r} of data set {self.name} is empty")
         return info
 
@@ -100,7 +115,8 @@ class _TfdsSource(Source):
         if self._bytes(split) > MEMORY_BYTES:
             return self._stream(split, shuffle_seed)
         if split not in self.memory:
-            self.memory[split] = _in_memory(self._stream(split, None))
+            with naming_source(self.name), _naming_damaged(self._files(split)):
+                self.memory[split] = _in_memory(self._stream(split, None))
         return ordered(self.memory[split], shuffle_seed)
 
     def _stream(self, split, shuffle_seed):
@@ -124,11 +140,16 @@ class _TfdsSource(Source):
         )
 
         def record(example):
+            label, name = tf.cast(example[self.label_key], tf.int32), example["tfds_id"]
+            known = (label >= 0) & (label < self.num_classes)
+            message = f"the labels are 0 to {self.num_classes - 1}; of record", name, "it is", label
+            with tf.control_dependencies([tf.debugging.Assert(known, message)]):
+                label = tf.identity(label)
             return {
                 "image": example[self.image_key],
-                "label": tf.cast(example[self.label_key], tf.int32),
-                "key": tf.strings.to_hash_bucket_fast(example["tfds_id"], KEYS),
-                "record": example["tfds_id"],
+                "label": label,
+                "key": tf.strings.to_hash_bucket_fast(name, KEYS),
+                "record": name,
             }
 
         dataset = dataset.map(record, num_parallel_calls=2)
@@ -138,9 +159,51 @@ class _TfdsSource(Source):
             dataset = dataset.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
         return dataset
 
+    def _files(self, split):
+        info = self._info(split)
+        try:
+            return sorted(set(info.filepaths))
+        except ValueError as error:
+            raise EtfzooError(
+                f"dataset_info.json of data set {self.name} does not tell the names of its files: "
+                f"{first_line(error)}"
+            ) from error
+
     def _bytes(self, split):
-        names = [n for n in self.builder.info.splits if n in self.split(split)]
-        return sum(self.builder.info.splits[n].num_bytes for n in names)
+        """Bytes of the files that a split is read from.
+
+        Raises:
+            EtfzooError: one is missing, no regular file, or outside of the data set's folder.
+        """
+        folder, total = os.path.realpath(self.builder.data_dir), 0
+        for path in self._files(split):
+            try:
+                found = os.stat(path)
+            except OSError as error:
+                reason = error.strerror or error
+                raise EtfzooError(f"{path} of data set {self.name}: {reason}") from error
+            inside = os.path.commonpath([folder, os.path.realpath(path)]) == folder
+            if not stat.S_ISREG(found.st_mode) or not inside:
+                raise EtfzooError(
+                    f"{path} of data set {self.name} is no file in the folder of the data set"
+                )
+            total += found.st_size
+        return total
+
+
+@contextlib.contextmanager
+def _naming_damaged(paths):
+    """Names the file in which TensorFlow finds a damaged record."""
+    try:
+        yield
+    except tf.errors.DataLossError as error:
+        for path in paths:
+            try:
+                for _ in tf.data.TFRecordDataset(os.fspath(path)):
+                    pass
+            except tf.errors.DataLossError:
+                raise EtfzooError(f"{path} is damaged: {first_line(error)}") from error
+        raise
 
 
 def _in_memory(records: tf.data.Dataset) -> dict:
@@ -149,16 +212,21 @@ def _in_memory(records: tf.data.Dataset) -> dict:
 
 
 def _tfds_builder(tfds, name, row, data_dir, prepare):
-    folder = None if row else _prepared_folder(Path(data_dir or ".") / name)
-    try:
-        if folder is not None:
+    folder = None if row else _prepared_folder(files.expand(os.path.join(data_dir or ".", name)))
+    if folder is not None:
+        try:
             return tfds.builder_from_directory(str(folder))
+        except Exception as error:  # TFDS raises whatever its parsers raise
+            raise EtfzooError(
+                f"{folder} is no prepared TFDS data set that can be read: {first_line(error)}"
+            ) from error
+    try:
         builder = tfds.builder(row.tfds if row else name, data_dir=data_dir)
-    except (tfds.core.DatasetNotFoundError, ValueError, OSError, AssertionError) as error:
+    except Exception as error:  # as above
         if row is None:
             known = set(DATASETS) | _folder_names(data_dir)
             raise unknown("data set", name, known) from error
-        raise EtfzooError(f"data set {name} cannot be opened: {_first_line(error)}") from error
+        raise EtfzooError(f"data set {name} cannot be opened: {first_line(error)}") from error
     if builder.info.splits:
         return builder
     where = f"under {builder.data_dir}"
@@ -172,9 +240,35 @@ def _tfds_builder(tfds, name, row, data_dir, prepare):
     except Exception as error:  # TFDS raises whatever its download library raises
         raise EtfzooError(
             f"data set {name} is not prepared {where} and could not be downloaded: "
-            f"{_first_line(error)}; connect to the internet or pass `data_dir`"
+            f"{first_line(error)}; connect to the internet or pass `data_dir`"
         ) from error
     return builder
+
+
+@contextlib.contextmanager
+def _own_features_alone(tfds):
+    """Lets TFDS make its own features and no others.
+
+    It imports the module of any class that features.json names, and so runs its code.
+    """
+    own = {
+        f"{c.__module__}.{c.__qualname__}": c
+        for c in (getattr(tfds.features, name) for name in tfds.features.__all__)
+        if isinstance(c, type)
+    }
+    connector = tfds.features.FeatureConnector
+    imported = connector.__dict__["cls_from_name"]
+
+    def known(cls, name):
+        if name not in own:
+            raise EtfzooError(f"features.json names {name[:100]!r}, which is no feature of TFDS")
+        return own[name]
+
+    connector.cls_from_name = classmethod(known)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = imported
 
 
 def _prepared_folder(path: Path) -> Path | None:
@@ -191,13 +285,13 @@ def _folder_names(data_dir):
     return {p.name for p in Path(data_dir).iterdir() if _prepared_folder(p)}
 
 
-def _first_line(error) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
 def _feature_keys(tfds, name, builder):
     features = builder.info.features
-    images = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+    images = [
+        k
+        for k, f in features.items()
+        if isinstance(f, tfds.features.Image) and f.np_dtype in ("uint8", "uint16")
+    ]
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     for keys, kind, usual in ((images, "image", "image"), (labels, "class label", "label")):
         if not keys:

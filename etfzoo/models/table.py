@@ -37,3 +37,7 @@ def get_backbone(name: str) -> Backbone:
     if name not in BACKBONES:
         raise unknown("backbone", name, BACKBONES)
     return BACKBONES[name]
+
+
+# How a published model stores its kernels.
+STORAGES = ("float32", "float16")

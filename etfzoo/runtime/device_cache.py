@@ -15,7 +15,7 @@ import tensorflow as tf
 from jax import lax
 from jax import numpy as jnp
 
-from etfzoo.data import augment
+from etfzoo.data import augment, decoding
 from etfzoo.data.pipeline import PARALLEL, InputShare, Pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress
@@ -44,7 +44,7 @@ class DeviceCache:
             )
         self.pipeline = pipeline
         self.strategy = strategy
-        # (split, fast) -> images on the devices [N, H, W, 3], shapes of each [N, 3]
+        # (split, fast) -> images on the devices [N, H, W, 3], shapes of each [N, 2]
         self._held = {}
         self._pixels = jax.jit(self._make, out_shardings=strategy.split)
 
@@ -114,14 +114,15 @@ class DeviceCache:
                 f"the {split} split of {self.pipeline.source.name} is too large for `cache=device`"
             )
         decoded = records.map(
-            lambda record: (record["index"], augment.decode(record["image"], fast)), PARALLEL
+            lambda record: (record["index"], decoding.decode(record["image"], fast)), PARALLEL
         )
-        count = self.pipeline.source.size(split)
-        shapes = np.zeros((count, 3), np.int32)
-        sizes = records.map(lambda r: (r["index"], augment.image_shape(r["image"])))
-        for index, size in sizes.as_numpy_iterator():
+        sizes = records.map(lambda r: (r["index"], decoding.image_size(r["image"])))
+        sizes = dict(sizes.as_numpy_iterator())
+        count = 1 + int(max(sizes))  # with the places of images that are left out
+        shapes = np.zeros((count, 2), np.int32)
+        for index, size in sizes.items():
             shapes[index] = size
-        shape = (count, *shapes.max(0)[:2], 3)
+        shape = (count, *shapes.max(0), 3)
         self._check_memory(split, math.prod(map(int, shape)))
         images = np.zeros(shape, np.uint8)
         progress = Progress(f"{split} split to the device", count)

@@ -1,14 +1,11 @@
 """The parts of a run from its configuration: model, pipeline, optimizer and step."""
 
-import json
-import logging
-
 import keras
 
-from etfzoo import files
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing
-from etfzoo.data.pipeline import Pipeline, find_corrupt
+from etfzoo.data.pipeline import Pipeline
+from etfzoo.data.readable import readable
 from etfzoo.data.source import Source
 from etfzoo.errors import EtfzooError
 from etfzoo.models import initialization
@@ -18,8 +15,6 @@ from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo.load import load
-
-log = logging.getLogger("etfzoo")
 
 
 def policy(config: TrainConfig) -> str:
@@ -98,9 +93,8 @@ def make_pipeline(
         workdir: where the list of corrupt images is kept, with `skip_corrupt`; None keeps none.
         chief: whether this process writes that list.
     """
-    corrupt: tuple[int, ...] = ()
     if config.skip_corrupt:
-        corrupt = _corrupt_keys(config, source, workdir, chief)
+        source = readable(source, None if workdir is None else Workdir(workdir).corrupt, chief)
     pipeline = Pipeline(
         source,
         model.spec.input_shape[0],
@@ -111,7 +105,6 @@ def make_pipeline(
             config.augment, config.min_area, config.flip, config.rand_augment, config.antialias
         ),
         config.seed,
-        corrupt,
         mixing(config),
     )
     size = pipeline.size(config.train_split)
@@ -128,21 +121,6 @@ def make_pipeline(
 def mixing(config: TrainConfig) -> Mixing:
     """How the images of a configuration are mixed."""
     return Mixing(config.mixup, config.cutmix)
-
-
-def _corrupt_keys(config, source, workdir, chief) -> tuple[int, ...]:
-    if workdir is None:
-        return tuple(find_corrupt(source, (config.train_split, config.eval_split)))
-    path = Workdir(workdir).corrupt
-    if path.exists():
-        corrupt = {int(key): name for key, name in files.read_json(path).items()}
-    else:
-        corrupt = find_corrupt(source, (config.train_split, config.eval_split))
-    if chief:
-        files.make_directory(path.parent)
-        files.write_text(path, json.dumps({str(k): v for k, v in corrupt.items()}, indent=2))
-        log.warning("left out %d corrupt images, listed in %s", len(corrupt), path)
-    return tuple(corrupt)
 
 
 def make_optimizer(config: TrainConfig, steps: int, model, strategy):

@@ -6,7 +6,7 @@ and `config.json` come from the declaration.
 
 import dataclasses
 import json
-import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -14,27 +14,47 @@ from pathlib import Path
 from etfzoo import files
 from etfzoo.data.augmentation import CROPS, MAX_MAGNITUDE
 from etfzoo.data.datasets import IMAGENET_STATISTICS
-from etfzoo.errors import EtfzooError, unknown
+from etfzoo.errors import EtfzooError, first_line, shown, unknown
 from etfzoo.models.table import BACKBONES, HEADS, INITIALIZERS, NORMS
 from etfzoo.runtime.strategies import STRATEGIES
+from etfzoo.training.protocols import PROTOCOLS
 
+_LONGEST = 4096  # letters of a text
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last: bytes that are not UTF-8
+SEEDS = {"low": 0, "high": 2**32 - 1}  # what NumPy's generators take
+MOST_IMAGES = 2**20  # of a batch
+IMAGE_SIZES = {"low": 1, "high": 8192}  # pixels
 LEARNING_RATE_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
-def setting(group, default, text, *, low=None, high=None, choices=None, runtime=False):
+def setting(
+    group,
+    default,
+    text,
+    *,
+    low=None,
+    high=None,
+    choices=None,
+    count=None,
+    path=False,
+    runtime=False,
+):
     """A field of TrainConfig.
 
     Args:
         group: heading on the help page.
         default: its value where nothing else is said; a dataclasses.MISSING must be said.
         text: help, with the unit.
-        low, high: limits of a number or of each of several, both allowed; None is none.
+        low, high: limits of a number or of each of several, both allowed. Every number has them.
         choices: names that a string may be.
+        count: how many values a list has; None is any.
+        path: whether a string is a path.
         runtime: whether it tells where and how a run computes and not what, so that it may differ
             when the run is resumed.
     """
     facts = {"group": group, "help": text, "low": low, "high": high}
-    facts |= {"choices": choices and tuple(choices), "runtime": runtime}
+    facts |= {"choices": choices and tuple(choices), "count": count, "path": path}
+    facts |= {"runtime": runtime}
     return dataclasses.field(default=default, metadata=facts)
 
 
@@ -55,7 +75,7 @@ class TrainConfig:
         "with one subfolder of images a class",
     )
     data_dir: str | None = setting(
-        "Data", None, "TFDS data directory (default: TFDS's own)", runtime=True
+        "Data", None, "TFDS data directory (default: TFDS's own)", path=True, runtime=True
     )
     train_split: str = setting(
         "Data", "train", "split or role (train, fit, select, test) that is trained on"
@@ -79,7 +99,11 @@ class TrainConfig:
         choices=("none", "bn", "l2", "bn_l2"),  # as the layer's, which would import Keras
     )
     scale: float | None = setting(
-        "Model", None, "factor on the ETF's logits (default: 1, on l2 features 16)", low=0
+        "Model",
+        None,
+        "factor on the ETF's logits (default: 1, on l2 features 16)",
+        low=1e-6,
+        high=10**6,
     )
     initializer: str = setting(
         "Model",
@@ -91,19 +115,28 @@ class TrainConfig:
         "Model", False, "gamma 0 in the last norm of each residual block of a new model"
     )
     mean: tuple[float, ...] = setting(
-        "Model", IMAGENET_STATISTICS[0], "of each channel, in 0..255, for a new model"
+        "Model",
+        IMAGENET_STATISTICS[0],
+        "of each channel, in 0..255, for a new model",
+        low=0,
+        high=255,
+        count=3,
     )
     std: tuple[float, ...] = setting(
-        "Model", IMAGENET_STATISTICS[1], "of each channel, in 0..255, for a new model"
+        "Model",
+        IMAGENET_STATISTICS[1],
+        "of each channel, in 0..255, for a new model",
+        low=1e-3,
+        high=255,
+        count=3,
     )
-    image_size: int = setting("Data", 224, "height and width in pixels", low=1, high=8192)
+    image_size: int = setting("Data", 224, "height and width in pixels", **IMAGE_SIZES)
     image_size_schedule: tuple[tuple[int, int], ...] = setting(
         "Data",
         (),
         "progressive resizing: size:epochs pairs for the start of a training, e.g. 32:10; the "
         "other epochs, at least one, and evaluation are at image_size",
-        low=1,
-        high=8192,
+        **IMAGE_SIZES,
     )
     crop: float = setting(
         "Data", 0.875, "share of the shorter side that evaluation keeps", low=0.01, high=1
@@ -116,10 +149,14 @@ class TrainConfig:
         "Data", True, "filter resized crops that become smaller, as evaluation does"
     )
     flip: bool = setting("Data", True, "mirror half of the images")
-    protocol: str = setting("Training", "paper", "where unset flags take their values from")
-    epochs: int = setting("Training", 100, "passes over the training split", low=1)
-    batch_size: int = setting("Training", 128, "images a step, over all devices", low=1)
-    learning_rate: float = setting("Training", 0.01, "peak learning rate", low=0)
+    protocol: str = setting(
+        "Training", "paper", "where unset flags take their values from", choices=PROTOCOLS
+    )
+    epochs: int = setting("Training", 100, "passes over the training split", low=1, high=10**6)
+    batch_size: int = setting(
+        "Training", 128, "images a step, over all devices", low=1, high=MOST_IMAGES
+    )
+    learning_rate: float = setting("Training", 0.01, "peak learning rate", low=0, high=10**6)
     learning_rate_scaling: str = setting(
         "Training",
         "none",
@@ -134,10 +171,14 @@ class TrainConfig:
         choices=("cosine", "step", "constant"),
     )
     warmup_epochs: float = setting(
-        "Training", 0.0, "linear warm-up of the learning rate from zero, in epochs", low=0
+        "Training",
+        0.0,
+        "linear warm-up of the learning rate from zero, in epochs",
+        low=0,
+        high=10**6,
     )
     step_epochs: tuple[int, ...] = setting(
-        "Training", (30, 60, 90), "epochs at which the step schedule drops", low=0
+        "Training", (30, 60, 90), "epochs at which the step schedule drops", low=0, high=10**6
     )
     step_factor: float = setting(
         "Training", 0.1, "what the step schedule multiplies by", low=0, high=1
@@ -145,7 +186,11 @@ class TrainConfig:
     momentum: float = setting("Training", 0.9, "of SGD", low=0, high=0.999999)
     nesterov: bool = setting("Training", False, "Nesterov's momentum")
     weight_decay: float = setting(
-        "Regularisation", 2e-4, "L2 added to the gradient before momentum, on kernels", low=0
+        "Regularisation",
+        2e-4,
+        "L2 added to the gradient before momentum, on kernels",
+        low=0,
+        high=1000,
     )
     decay_all: bool = setting(
         "Regularisation", False, "L2 on biases, gamma, beta and the logits of sw too"
@@ -153,9 +198,15 @@ class TrainConfig:
     label_smoothing: float = setting(
         "Regularisation", 0.0, "share of the target spread over all classes", low=0, high=0.999999
     )
-    mixup: float = setting("Regularisation", 0.0, "alpha of mixup, e.g. 0.2; 0 is off", low=0)
+    mixup: float = setting(
+        "Regularisation", 0.0, "alpha of mixup, e.g. 0.2; 0 is off", low=0, high=1000
+    )
     cutmix: float = setting(
-        "Regularisation", 0.0, "alpha of cutmix, e.g. 1; with mixup each takes half", low=0
+        "Regularisation",
+        0.0,
+        "alpha of cutmix, e.g. 1; with mixup each takes half",
+        low=0,
+        high=1000,
     )
     rand_augment: float = setting(
         "Regularisation",
@@ -178,7 +229,7 @@ class TrainConfig:
         "none, bfloat16 or float16 (with loss scaling)",
         choices=("none", "bfloat16", "float16"),
     )
-    seed: int = setting("Training", 0, "of weights, order, augmentation and the ETF")
+    seed: int = setting("Training", 0, "of weights, order, augmentation and the ETF", **SEEDS)
     deterministic: bool = setting("Machine", True, "repeat bit for bit (slower on some devices)")
     strategy: str = setting(
         "Machine",
@@ -191,7 +242,7 @@ class TrainConfig:
         "Machine", None, "TPU name or address; local for the one in this machine", runtime=True
     )
     num_virtual_devices: int | None = setting(
-        "Machine", None, "CPU devices for the strategy mirrored", low=1, runtime=True
+        "Machine", None, "CPU devices for the strategy mirrored", low=1, high=64, runtime=True
     )
     cache: str = setting(
         "Machine",
@@ -201,7 +252,12 @@ class TrainConfig:
     )
     synchronize_norms: bool = setting("Machine", True, "norm statistics over all replicas")
     steps_per_execution: int = setting(
-        "Machine", 1, "steps between two looks at signals and the clock", low=1, runtime=True
+        "Machine",
+        1,
+        "steps between two looks at signals and the clock",
+        low=1,
+        high=10**6,
+        runtime=True,
     )
     jit_compile: bool | None = setting(
         "Machine",
@@ -210,22 +266,33 @@ class TrainConfig:
         runtime=True,
     )
     eval_every: int = setting(
-        "Training", 1, "epochs between evaluations; the last is always evaluated", low=1
+        "Training", 1, "epochs between evaluations; the last is always evaluated", low=1, high=10**6
     )
     neural_collapse_every: int = setting(
-        "Training", 0, "epochs between collapse measures of both splits; 0 is never", low=0
+        "Training",
+        0,
+        "epochs between collapse measures of both splits; 0 is never",
+        low=0,
+        high=10**6,
     )
     checkpoint_every: int = setting(
-        "Machine", 500, "steps between checkpoints", low=1, runtime=True
+        "Machine", 500, "steps between checkpoints", low=1, high=10**9, runtime=True
     )
     keep_checkpoints: int = setting(
-        "Machine", 2, "latest checkpoints that are kept, beside the best", low=1, runtime=True
+        "Machine",
+        2,
+        "latest checkpoints that are kept, beside the best",
+        low=1,
+        high=10**6,
+        runtime=True,
     )
-    skip_corrupt: bool = setting("Data", False, "check every image first and leave out broken ones")
+    skip_corrupt: bool = setting(
+        "Data", False, "check every image of a split first and leave out broken ones"
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = _checked(field, getattr(self, field.name))
+            value = checked(field, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         stages = self.image_size_schedule
         if stages and sum(epochs for _, epochs in stages) >= self.epochs:
@@ -267,7 +334,12 @@ class TrainConfig:
         Raises:
             EtfzooError: no such file, not JSON, or fields that this version does not know.
         """
-        values = files.read_json(path)
+        try:
+            values = files.parse_json(files.read_bytes(path))
+        except ValueError as error:
+            raise EtfzooError(
+                f"{path} is no training configuration: {first_line(error)}"
+            ) from error
         if isinstance(values, dict):  # see etfzoo.training.identity
             values = {k: v for k, v in values.items() if k not in ("run", "settings")}
         return cls.from_dict(values, path)
@@ -283,11 +355,12 @@ class TrainConfig:
         Raises:
             EtfzooError: no object, or settings that this version does not know.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        extra = sorted(set(values) - known) if isinstance(values, dict) else ["not an object"]
-        if extra or "dataset" not in values:
+        if not isinstance(values, dict) or "dataset" not in values:
+            raise EtfzooError(f"{source} is no training configuration: it names no dataset")
+        extra = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if extra:
             raise EtfzooError(
-                f"{source} is no training configuration (unknown: {', '.join(extra)})"
+                f"{source} is no training configuration (unknown: {shown(', '.join(extra))})"
             )
         return cls(**values)
 
@@ -322,7 +395,7 @@ def kind_of(field) -> tuple[type, bool]:
     return kind, len(kinds) > 1
 
 
-def _checked(field, value):
+def checked(field, value):
     """A field's value as it is kept; raises EtfzooError where it cannot be."""
     kind, optional = kind_of(field)
     if value is None and optional:
@@ -331,33 +404,50 @@ def _checked(field, value):
     if not parts:
         _check(field, kind, value)
         return value
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise EtfzooError(f"{field.name} must be a list; got {value!r}")
+    if not isinstance(value, list | tuple):
+        raise EtfzooError(f"{field.name} must be a list; got {shown(value)}")
+    count = field.metadata["count"]
+    if count is not None and len(value) != count:
+        raise EtfzooError(f"{field.name} must be {count} values; got {shown(value)}")
     if not typing.get_args(parts[0]):
-        for part in (value := tuple(value)):
+        for part in value:
             _check(field, parts[0], part)
-        return value
-    try:
-        pairs = tuple((size, epochs) for size, epochs in value)
-    except (TypeError, ValueError) as error:
-        raise EtfzooError(f"{field.name} must be pairs of whole numbers; got {value!r}") from error
-    for pair in pairs:
+        return tuple(value)
+    for pair in value:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise EtfzooError(f"{field.name} must be pairs of whole numbers; got {shown(value)}")
         for part in pair:
             _check(field, int, part)
-    return pairs
+    return tuple(map(tuple, value))
 
 
 def _check(field, kind, value):
+    facts = field.metadata
+    check(field.name, kind, value, facts["low"], facts["high"], facts["choices"])
+    if kind is str and facts["path"]:
+        files.expand(value)
+
+
+def check(name, kind, value, low=None, high=None, choices=None) -> None:
+    """Checks a value of a setting or of a flag.
+
+    Args:
+        name: what it is called.
+        kind: str, bool, int or float, which may be an int.
+        value: anything.
+        low, high, choices: see `setting`.
+
+    Raises:
+        EtfzooError: another type; a number out of its limits, or not finite; text that is empty,
+            has control characters or is no choice.
+    """
     wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise EtfzooError(f"{field.name} must be {wanted}; got {value!r}")
-    choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
+        raise EtfzooError(f"{name} must be {wanted}; got {shown(value)}")
     if choices and value not in choices:
-        raise unknown(field.name, value, choices)
-    if kind not in (int, float):
-        return
-    low, high = -math.inf if low is None else low, math.inf if high is None else high
-    if not (low <= value <= high and math.isfinite(value)):
-        limit = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
-        raise EtfzooError(f"{field.name} must be {limit}; got {value}")
+        raise unknown(name, value, choices)
+    if kind is str and (not value or len(value) > _LONGEST or _CONTROL.search(value)):
+        raise EtfzooError(f"{name} must be 1 to {_LONGEST} letters in one line; got {shown(value)}")
+    if kind in (int, float) and not low <= value <= high:  # NaN ends here too
+        raise EtfzooError(f"{name} must be between {low} and {high}; got {shown(value)}")

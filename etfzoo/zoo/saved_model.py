@@ -16,13 +16,13 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo import internals
-from etfzoo.data import augment
+from etfzoo.data import augment, decoding
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models import folding
 from etfzoo.models.classifier import ImageClassifier, feature_model
+from etfzoo.models.table import STORAGES
 
 TOP_K = 5
-STORAGES = ("float32", "float16")
 # Less than what public hosts of git repositories take as one file.
 SHARD_BYTES = 90 * 10**6
 
@@ -226,8 +226,8 @@ def _signatures(spec, forward):
 
     def pixels(image_bytes):
         return tf.map_fn(
-            lambda b: augment.evaluation_image(augment.check_size(b), height, width, spec.crop),
-            _checked(image_bytes, [None]),
+            lambda b: augment.evaluation_image(b, height, width, spec.crop),
+            decoding.check_request(_checked(image_bytes, [None])),
             fn_output_signature=tf.TensorSpec([height, width, channels], tf.float32),
         )
 

@@ -12,10 +12,10 @@ import tensorflow as tf
 from PIL import Image
 from scipy import stats
 
-from etfzoo.data import augment
+from etfzoo.data import augment, decoding
 from etfzoo.data.augmentation import CROPS, Augmentation
 from etfzoo.errors import EtfzooError
-from testing import claiming, fresh_python, smooth_image
+from testing import fresh_python, smooth_image
 
 CROP = 0.875
 
@@ -145,8 +145,8 @@ def test_jpeg(quality, kwargs):
     noisy = np.random.default_rng(1).normal(smooth_image(90, 120), 20).clip(0, 255)
     encoded = encode(noisy.astype(np.uint8), "JPEG", quality=quality, **kwargs)
     decoded = np.asarray(Image.open(io.BytesIO(encoded)))
-    np.testing.assert_array_equal(augment.decode(encoded), decoded)
-    error = np.abs(np.asarray(augment.decode(encoded, fast=True), int) - decoded)
+    np.testing.assert_array_equal(decoding.decode(encoded), decoded)
+    error = np.abs(np.asarray(decoding.decode(encoded, fast=True), int) - decoded)
     assert 0 < error.mean() < 2 and error.max() < 12
     for target in ((32, 32), (120, 160), (40, 70)):
         # The part that is read is decoded alone: its first and last row and column of coarser
@@ -177,7 +177,7 @@ def test_other_pixel_formats_become_rgb(mode, suffix):
     encoded = encode(image, suffix)
     # Alpha is dropped, not blended.
     wanted = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    decoded = augment.decode(encoded)
+    decoded = decoding.decode(encoded)
     assert decoded.dtype == tf.uint8 and decoded.shape == (40, 56, 3)
     np.testing.assert_allclose(decoded, wanted, atol=6 if suffix == "JPEG" else 0)
     wanted = resized_centre(wanted, 16, 16, CROP)
@@ -188,13 +188,13 @@ def test_first_frame_of_an_animation():
     frames = [Image.fromarray(smooth_image(20, 20, seed=s)) for s in range(3)]
     encoded = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     wanted = Image.open(io.BytesIO(encoded)).convert("RGB")
-    np.testing.assert_array_equal(augment.decode(encoded), wanted)
+    np.testing.assert_array_equal(decoding.decode(encoded), wanted)
 
 
 @pytest.mark.parametrize("suffix", ["PNG", "JPEG"])
 def test_one_pixel(suffix):
     encoded = encode(np.full((1, 1, 3), (200, 100, 50), np.uint8), suffix, quality=100)
-    colour = augment.decode(encoded).numpy()[0, 0]
+    colour = decoding.decode(encoded).numpy()[0, 0]
     np.testing.assert_allclose(colour, (200, 100, 50), atol=3)
     np.testing.assert_array_equal(evaluated(encoded, 8, 8), np.tile(colour, (8, 8, 1)))
     for crop in CROPS:
@@ -226,7 +226,7 @@ def damaged():
 def test_corrupt_bytes(name):
     encoded = damaged()[name]
     with pytest.raises(tf.errors.InvalidArgumentError):
-        augment.decode(encoded)
+        decoding.decode(encoded)
     with pytest.raises(tf.errors.InvalidArgumentError):
         augment.evaluation_image(encoded, 16, 16, CROP)
     for crop in CROPS:
@@ -424,7 +424,7 @@ def test_pixels_of_a_resized_crop(suffix, antialias):
     augmentation = Augmentation("resized_crop", min_area=0.1, antialias=antialias)
     image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
     encoded = encode(image, suffix, **({} if suffix == "PNG" else {"subsampling": 0}))
-    image = augment.decode(encoded, fast=True).numpy()
+    image = decoding.decode(encoded, fast=True).numpy()
     kinds = set()
     for n, shown in enumerate(trainer(target, augmentation)(encoded, 60)):
         region, window, filtered, _, flip = augment.draw(
@@ -453,25 +453,3 @@ def test_bad_augmentations():
     for min_area in (0, -0.1, 1.5, float("nan")):
         with pytest.raises(EtfzooError, match=r"min_area must be in \(0, 1\]"):
             Augmentation(min_area=min_area)
-
-
-@pytest.mark.parametrize("suffix", ["PNG", "JPEG"])
-@pytest.mark.parametrize("check", [augment.check_size, tf.function(augment.check_size)])
-def test_check_size(suffix, check):
-    encoded = encode(smooth_image(8, 8), suffix)
-    for height, width in ((8, 8), (2**13, 2**13), (2, 2**15)):
-        image = claiming(encoded, height, width)
-        assert check(tf.constant(image)).numpy() == image
-    for height, width in ((2**13, 2**13 + 1), (65500, 65500), (0, 8), (8, 0)):
-        with pytest.raises(tf.errors.InvalidArgumentError):
-            check(tf.constant(claiming(encoded, height, width)))
-
-
-@pytest.mark.parametrize(
-    "encoded",
-    [b"", b"x", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a" + bytes(99), b"BM" + bytes(99)]
-    + [claiming(encode(smooth_image(8, 8)), 2**n - 1, 2**n - 1) for n in (31, 32)],
-)
-def test_check_size_refuses_all_but_jpeg_and_png(encoded):
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        augment.check_size(tf.constant(encoded))

@@ -1,22 +1,26 @@
 """Tests of the input pipeline."""
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from etfzoo.data import augment, sources
 from etfzoo.data.augmentation import CROPS, Augmentation
-from etfzoo.data.pipeline import InputShare, Pipeline, find_corrupt
+from etfzoo.data.pipeline import InputShare, Pipeline
+from etfzoo.data.readable import readable
+from etfzoo.data.source import ROLES
 from etfzoo.errors import EtfzooError
-from testing import make_image_folder
+from testing import make_image_folder, nobody
 
 AUGMENTATIONS = {crop: Augmentation(crop) for crop in CROPS}
 SIDE, BATCH = 8, 6
 TRAIN, TEST = 28, 10
 
 
-def make_pipeline(source, crop="resized_crop", seed=0, corrupt=(), batch=BATCH, size=(SIDE, SIDE)):
-    return Pipeline(source, *size, 0.875, batch, AUGMENTATIONS[crop], seed, corrupt)
+def make_pipeline(source, crop="resized_crop", seed=0, batch=BATCH, size=(SIDE, SIDE)):
+    return Pipeline(source, *size, 0.875, batch, AUGMENTATIONS[crop], seed)
 
 
 def read(batches):
@@ -191,7 +195,7 @@ def test_sizes(source):
     assert pipeline.size("fit") + pipeline.size("select") == TRAIN
 
 
-def test_corrupt_records_are_found_and_left_out(tmp_path):
+def test_corrupt_records_are_found_and_left_out(tmp_path, caplog):
     source = resolve(write_folder(tmp_path))
     bad = [b"train/a/003.png", b"train/b/000.png", b"test/a/001.png"]
     break_records(source, bad)
@@ -200,15 +204,15 @@ def test_corrupt_records_are_found_and_left_out(tmp_path):
     (tmp_path / "train" / "b" / "002.png").write_bytes(good[: len(good) // 2])
     bad += [b"train/b/001.png", b"train/b/002.png"]
 
-    corrupt = find_corrupt(source, ("train", "test"))
-    assert sorted(corrupt.values()) == sorted(name.decode() for name in bad)
-    records = [r for split in ("train", "test") for r in source.records(split)]
-    keys = {int(r["key"]): r["record"].numpy().decode() for r in records}
-    assert all(keys[key] == name for key, name in corrupt.items())
-    assert list(find_corrupt(source, ("test",)).values()) == ["test/a/001.png"]
-
-    pipeline = make_pipeline(source, corrupt=tuple(corrupt))
-    assert pipeline.size("train") == TRAIN - 4 and pipeline.size("test") == TEST - 1
+    with caplog.at_level("WARNING", "etfzoo"):
+        pipeline = make_pipeline(readable(source, tmp_path / "corrupt.json"))
+        assert pipeline.size("train") == TRAIN - 4 and pipeline.size("test") == TEST - 1
+    found = json.loads((tmp_path / "corrupt.json").read_text())
+    assert sorted(found) == ["test", "train"] and found["test"] == ["test/a/001.png"]
+    assert sorted(found["train"] + found["test"]) == sorted(name.decode() for name in bad)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "left out 4 corrupt images of the 28 of split train" in first
+    assert "test/a/001.png: it is none of .jpg" in second
     whole = read(pipeline.training("train", 0))
     assert len(whole) == 4
     labels = np.concatenate([labels for _, labels in whole])
@@ -216,6 +220,11 @@ def test_corrupt_records_are_found_and_left_out(tmp_path):
     assert sum(len(labels) for _, labels in read(pipeline.evaluation("test"))) == TEST - 1
     # Steps count what is left.
     assert same(whole[1:], read(pipeline.training("train", 0, 1)))
+    # What was found is kept: an image that was mended since does not change the run.
+    (tmp_path / "train" / "b" / "000.png").write_bytes(good)
+    again = make_pipeline(readable(source, tmp_path / "corrupt.json"))
+    assert same(whole, read(again.training("train", 0)))
+    assert make_pipeline(readable(source)).size("train") == TRAIN - 3
 
 
 @pytest.mark.parametrize("split, epoch", [("train", 0), ("test", None)])
@@ -230,6 +239,37 @@ def test_a_corrupt_record_is_named(split, epoch, tmp_path):
     message = str(error.value)
     assert message.startswith(f"{name} ({split} split of folder:{tmp_path})")
     assert "`skip_corrupt`" in message and "\n" not in message
+
+
+def test_every_split_and_role_loses_its_corrupt_records(tmp_path):
+    for split in ("train", "val", "test"):
+        make_image_folder(tmp_path / split, {"a": 5, "b": 5})
+        (tmp_path / split / "a" / "002.png").write_bytes(b"broken")
+    source = readable(resolve(tmp_path))
+    for role in ROLES:
+        assert source.size(role) == len(list(source.records(role, 3))) == 9
+        read(make_pipeline(source, batch=3).evaluation(role))
+
+
+def test_a_split_without_any_readable_image(tmp_path):
+    source = resolve(write_folder(tmp_path))
+    break_records(source, [r["record"].numpy() for r in source.records("test")])
+    with pytest.raises(EtfzooError, match="none of the 10 images of split test .* is readable"):
+        readable(source).size("test")
+
+
+def test_a_locked_file_is_named(tmp_path):
+    tmp_path.chmod(0o755)
+    for folder in (tmp_path.parent, tmp_path.parent.parent):
+        if folder.owner() == tmp_path.owner():
+            folder.chmod(0o755)
+    source = resolve(write_folder(tmp_path))
+    (tmp_path / "test" / "a" / "001.png").chmod(0)
+    pipeline = make_pipeline(source)
+    with nobody(), pytest.raises(EtfzooError, match=r"cannot be read: .*test/a/001\.png") as error:
+        with pipeline.naming_corrupt_records("test"):
+            read(pipeline.evaluation("test"))
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Tests of preprocessing and of labels."""
 
 import io
+import os
 
 import keras
 import numpy as np
@@ -78,6 +79,66 @@ def test_several_images_of_different_kinds_and_sizes(tmp_path):
     )
 
 
+def test_iterables_of_images(tmp_path):
+    images = [smooth_image(20, 30, seed=i) for i in range(3)]
+    wanted = etfzoo.preprocess(MODEL, images)
+    paths = []
+    for i, image in enumerate(images):
+        paths.append(str(tmp_path / f"{i}.png"))
+        (tmp_path / f"{i}.png").write_bytes(encoded(image))
+    objects = np.empty(3, object)
+    objects[:] = [images[0], paths[1], Image.fromarray(images[2])]
+    for given in (
+        np.array(paths),
+        np.array(paths, object),
+        objects,
+        (image for image in images),
+        map(Image.fromarray, images),
+        tf.data.Dataset.from_tensor_slices(images),
+    ):
+        np.testing.assert_array_equal(etfzoo.preprocess(MODEL, given), wanted)
+
+
+def test_inside_of_tf_data_it_says_what_to_write():
+    images = [smooth_image(20, 30, seed=i) for i in range(2)]
+    dataset = tf.data.Dataset.from_tensor_slices(images)
+    for given in (dataset, dataset.batch(2), dataset.padded_batch(2)):
+        with pytest.raises(Exception, match="write tf.numpy_function"):
+            given.map(lambda image: etfzoo.preprocess(MODEL, image))
+    with pytest.raises(etfzoo.EtfzooError, match="KerasTensor, has no values here"):
+        etfzoo.preprocess(MODEL, keras.Input((20, 30, 3)))
+
+    def said(image):
+        return tf.numpy_function(lambda i: etfzoo.preprocess(MODEL, i), [image], tf.float32)
+
+    (found,) = dataset.batch(2).map(said)
+    np.testing.assert_array_equal(found, etfzoo.preprocess(MODEL, images))
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bit_grey_is_the_same_by_path_and_from_pillow(order, tmp_path):
+    grey = (smooth_image(40, 56)[..., 0].astype(order) * 257).astype(order)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    by_path = etfzoo.preprocess(MODEL, tmp_path / "grey.png")
+    assert 50 < by_path.mean() < 200
+    opened = Image.open(tmp_path / "grey.png")
+    assert opened.mode.startswith("I;16")
+    for given in (opened, Image.fromarray(grey)):
+        np.testing.assert_array_equal(etfzoo.preprocess(MODEL, given), by_path)
+
+
+def test_files_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    with pytest.raises(etfzoo.EtfzooError, match="fifo.jpg cannot be read: it is no regular file"):
+        etfzoo.preprocess(MODEL, tmp_path / "fifo.jpg")
+    with pytest.raises(etfzoo.EtfzooError, match="/dev/zero cannot be read: it is no regular file"):
+        etfzoo.preprocess(MODEL, "/dev/zero")
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write(encoded(smooth_image(20, 30)))
+    assert etfzoo.preprocess(MODEL, os.fsdecode(name)).shape == (1, 16, 24, 3)
+
+
 def test_floats_are_not_cut_to_bytes_before_they_are_resized():
     image = np.full((20, 30, 3), 99.5, np.float32)
     image[:, 15:] = 100.5
@@ -111,6 +172,15 @@ def test_floats_are_not_cut_to_bytes_before_they_are_resized():
         (object(), "image 0 is a object; give an array"),
         ("no/such/file.jpg", "no/such/file.jpg cannot be read: No such file"),
         ("/", "/ cannot be read: Is a directory"),
+        ("", "'' is no path"),
+        ("\0", "is no path"),
+        ("~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),
+        ({}, "there is no image"),
+        ([b"x"], "image 0 is encoded"),
+        (np.array([b"x"], object), "image 0 is encoded"),
+        (Image.new("F", (9, 9)), "PIL image of mode F, whose values have no range"),
+        (Image.new("I", (9, 9)), "PIL image of mode I, whose values have no range"),
+        (Image.open(io.BytesIO(encoded(smooth_image(9, 9))[:80])), "image 0 cannot be decoded"),
         (__file__, "preprocessing_test.py is no image that can be read"),
     ],
 )

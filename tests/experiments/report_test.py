@@ -406,7 +406,7 @@ def test_seeds_that_are_there_once_are_no_ranges(tmp_path):
 
 
 def test_what_is_no_sweep_is_refused(tmp_path):
-    with pytest.raises(EtfzooError, match="cannot read .*sweep.json"):
+    with pytest.raises(EtfzooError, match="sweep.json cannot be read"):
         report.write(tmp_path)
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(EtfzooError, match="not of a sweep: it has no str 'source'"):

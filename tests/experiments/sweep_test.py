@@ -204,7 +204,7 @@ def test_cells_have_their_places_and_one_budget(tmp_path):
         ({"learning_rates": (0.0, 1.0)}, "must be positive; got 0.0,1.0"),
         ({"source_learning_rates": (1.0, np.nan)}, "must be positive; got 1.0,nan"),
         ({"seeds": ()}, "has no seed"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "epochs must be between 1 and"),
     ],
 )
 def test_bad_settings(changes, message, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import typing
 
 import pytest
 
@@ -10,7 +12,7 @@ from etfzoo.errors import EtfzooError
 from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.models.classifier import ClassifierSpec
 from etfzoo.training import protocols
-from etfzoo.training.config import TrainConfig
+from etfzoo.training.config import TrainConfig, kind_of
 from etfzoo.training.job import Job
 from testing import fresh_python
 
@@ -44,6 +46,13 @@ def test_every_setting_is_declared_whole():
     TrainConfig("digits")  # the defaults go together
 
 
+def test_every_number_has_limits():
+    for name, field in FIELDS.items():
+        kind, _ = kind_of(field)
+        if {int, float} & {kind, *typing.get_args(kind)}:
+            assert math.isfinite(field.metadata["low"] + field.metadata["high"]), name
+
+
 def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
     choices = {name: field.metadata["choices"] for name, field in FIELDS.items()}
     assert choices["feature_norm"] == FEATURE_NORMS
@@ -60,16 +69,30 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("flip", 1, "flip must be true or false"),
         ("epochs", 1.5, "epochs must be a whole number; got 1.5"),
         ("epochs", True, "epochs must be a whole number"),
-        ("epochs", 0, "epochs must be at least 1; got 0"),
-        ("batch_size", 0, "batch_size must be at least 1"),
-        ("step_epochs", [-3], "step_epochs must be at least 0; got -3"),
+        ("epochs", 0, "epochs must be between 1 and 1000000; got 0"),
+        ("batch_size", 0, "batch_size must be between 1 and"),
+        ("step_epochs", [-3], "step_epochs must be between 0 and 1000000; got -3"),
         ("step_epochs", [1.5], "step_epochs must be a whole number"),
         ("scale", True, "scale must be a number"),
         ("mean", 3, "mean must be a list; got 3"),
         ("mean", "123", "mean must be a list"),
         ("std", [1.0, "x", 2.0], "std must be a number; got 'x'"),
-        ("learning_rate", float("nan"), "learning_rate must be at least 0; got nan"),
+        ("learning_rate", float("nan"), "learning_rate must be between 0 and 1000000; got nan"),
         ("learning_rate", "fast", "learning_rate must be a number"),
+        ("learning_rate", 10**400, "learning_rate must be between 0 and"),
+        ("mean", [1, 2], "mean must be 3 values"),
+        ("mean", {"a": 1}, "mean must be a list"),
+        ("mean", [300, 1, 1], "mean must be between 0 and 255; got 300"),
+        ("std", [0, 1, 1], "std must be between 0.001 and 255; got 0"),
+        ("scale", 0, "scale must be between 1e-06 and"),
+        ("seed", -1, "seed must be between 0 and 4294967295; got -1"),
+        ("seed", 2**32, "seed must be between 0 and 4294967295"),
+        ("num_virtual_devices", 100_000, "num_virtual_devices must be between 1 and 64"),
+        ("protocol", "papr", "unknown protocol 'papr'; did you mean paper"),
+        ("dataset", "", "dataset must be 1 to 4096 letters"),
+        ("train_split", "a\nb", "train_split must be 1 to 4096 letters in one line"),
+        ("data_dir", "~nobody-of-this-name", "no home folder is known"),
+        ("data_dir", "y" * 256, "a name of more than 255 bytes"),
         ("crop", 1.2, "crop must be between 0.01 and 1; got 1.2"),
         ("dataset", None, "dataset must be text"),
         ("workers", 3, "unexpected keyword"),

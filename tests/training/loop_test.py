@@ -284,7 +284,7 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"head": "eft"}, "unknown head 'eft'; did you mean etf"),
         ({"train_split": "trian"}, "no split 'trian'"),
         ({"jit_compile": True}, "add `deterministic=False`"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "epochs must be between 1 and"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
         ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),

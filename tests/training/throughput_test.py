@@ -101,9 +101,9 @@ def test_benchmark_goes_on_when_a_combination_fails(tmp_path):
     "flag, message",
     [
         ("--method=arcface", "unknown method 'arcface'; known: etf, linear, sw"),
-        ("--batch_size=many", "--batch_size takes whole numbers separated by commas; got 'many'"),
-        ("--batch_size=2,0", "batch_size must be at least 1; got 0"),  # before the first is run
-        ("--rounds=0", "--rounds must be at least 1; got 0"),
+        ("--batch_size=many", "batch_size must be a whole number; got 'many'"),
+        ("--batch_size=2,0", "batch_size must be between 1 and 1048576; got 0"),
+        ("--rounds=0", "rounds must be between 1 and 1000; got 0"),
         ("--output=/nonexistent/x.json", "cannot write /nonexistent/x.json"),
     ],
 )

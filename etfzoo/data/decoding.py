@@ -1,0 +1,220 @@
+"""Encoded images: what their headers say, checked before anything is decoded, and their pixels.
+
+All readers of images are here: training, evaluation, `etfzoo.preprocess`, the recipes and serving.
+The orientation that a camera notes in EXIF is applied by none of them.
+"""
+
+import functools
+import os
+
+import tensorflow as tf
+
+from etfzoo.errors import EtfzooError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+MAX_PIXELS = 2**26  # of one image; decoding takes up to some 6 bytes a pixel
+MAX_PIXELS_TOGETHER = 2**29  # of the images of a request: 44 photos of 12 megapixels
+# A progressive JPEG is built up in passes over all pixels; libjpeg writes 10 of them. So many may
+# go over the largest image, more over smaller ones.
+_SCANS = 16
+
+
+def max_pixels() -> int:
+    """The largest height times width that is decoded: ETFZOO_MAX_PIXELS, else `MAX_PIXELS`.
+
+    A published model keeps the limit that it was published with.
+
+    Raises:
+        EtfzooError: the variable is no positive whole number.
+    """
+    text = os.environ.get("ETFZOO_MAX_PIXELS") or str(MAX_PIXELS)
+    if not text.isdecimal() or not 0 < int(text) < 2**40:
+        raise EtfzooError(f"ETFZOO_MAX_PIXELS must be a whole number from 1 on; got {text!r}")
+    return int(text)
+
+
+def decode(encoded: tf.Tensor, fast: bool = False) -> tf.Tensor:
+    """An encoded JPEG, PNG, BMP or GIF string as uint8 RGB `[H, W, 3]`.
+
+    Args:
+        encoded: scalar string.
+        fast: whether a JPEG is decoded with the fast approximation of the cosine transform, some
+            levels of 255 off; otherwise its pixels are those of Pillow.
+
+    Raises:
+        tf.errors.InvalidArgumentError: when it runs: no image, or one of too many pixels.
+    """
+    with tf.control_dependencies([image_size(encoded)]):
+        return _decode(tf.identity(encoded), fast)
+
+
+def _decode(encoded, fast=False):
+    image = tf.case(
+        [
+            (
+                tf.io.is_jpeg(encoded),
+                lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_dct_method(fast)),
+            ),
+            (_is_bmp_with_palette(encoded), lambda: _bmp_with_palette(encoded)),
+        ],
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def decode_region(encoded: tf.Tensor, region: tf.Tensor, fast: bool = False) -> tf.Tensor:
+    """The given rows and columns as uint8; a JPEG's others are not decoded.
+
+    Args:
+        encoded: scalar string that `image_size` has passed.
+        region: int32 `[4]`, top, left, height and width.
+        fast: see `decode`.
+    """
+    top, left, height, width = tf.unstack(region)
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_and_crop_jpeg(
+            encoded, region, channels=3, dct_method=_dct_method(fast)
+        ),
+        lambda: tf.slice(_decode(encoded), [top, left, 0], [height, width, 3]),
+    )
+
+
+def _dct_method(fast):
+    return "INTEGER_FAST" if fast else "INTEGER_ACCURATE"
+
+
+def image_size(encoded: tf.Tensor) -> tf.Tensor:
+    """Height and width of an encoded image, int32 `[2]`, from its header.
+
+    Some kilobytes may unfold to gigabytes: what this lets pass is safe to decode.
+
+    Args:
+        encoded: scalar string.
+
+    Raises:
+        tf.errors.InvalidArgumentError: when it runs: none of the formats, no readable header, more
+            pixels than `max_pixels()`, or a JPEG of so many passes that it takes as long.
+    """
+    limit = max_pixels()
+    height, width, scans = size = tf.unstack(
+        tf.cond(
+            tf.io.is_jpeg(encoded),
+            lambda: _size_of_jpeg(encoded),
+            lambda: tf.concat([_size_in_header(encoded), [1]], 0),
+        )
+    )
+    # Divided, as products of 64 bits may overflow.
+    bearable = (tf.minimum(height, width) > 0) & (height <= limit // tf.maximum(width, 1))
+    bearable &= scans <= limit * _SCANS // tf.maximum(height * width, 1)
+    message = f"are its height, width and passes: more than {limit} pixels, or none"
+    return tf.cast(_checked(tf.stack([height, width]), bearable, size, message), tf.int32)
+
+
+def check_request(images: tf.Tensor) -> tf.Tensor:
+    """The encoded images of a request themselves, if all of them together are safe to decode.
+
+    Args:
+        images: strings `[N]`.
+
+    Raises:
+        tf.errors.InvalidArgumentError: when it runs: one that is neither JPEG nor PNG or that
+            `image_size` refuses, or more than `MAX_PIXELS_TOGETHER` pixels.
+    """
+
+    def pixels(encoded):
+        known = tf.io.is_jpeg(encoded) | (tf.strings.substr(encoded, 0, 4) == b"\x89PNG")
+        encoded = _checked(encoded, known, "neither a JPEG nor a PNG image")
+        return tf.reduce_prod(tf.cast(image_size(encoded), tf.int64))
+
+    total = tf.reduce_sum(tf.map_fn(pixels, images, fn_output_signature=tf.int64))
+    limit = max(MAX_PIXELS_TOGETHER, max_pixels())
+    return _checked(images, total <= limit, f"the images have more than {limit} pixels together")
+
+
+def _checked(value, condition, *message):
+    """The value; raises an InvalidArgumentError of the message where the condition is false."""
+    # tf.debugging.Assert has another message when it runs eagerly.
+    check = tf.raw_ops.Assert(condition=condition, data=message, summarize=3)
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(value)
+
+
+class _Header:
+    """The first bytes of an encoded image, of a short file as well."""
+
+    def __init__(self, encoded):
+        self._start = tf.strings.substr(encoded, 0, 34) + 34 * "\0"
+
+    def has(self, *parts):
+        """Whether given bytes are at their places."""
+        found = [tf.strings.substr(self._start, at, len(part)) == part for at, part in parts]
+        return functools.reduce(tf.logical_and, found)
+
+    def number(self, at, count, big_endian=False):
+        """An unsigned number of at most four bytes, int64."""
+        zeros = (8 - count) * b"\0"
+        digits = tf.strings.substr(self._start, at, count)
+        digits = zeros + digits if big_endian else digits + zeros
+        return tf.io.decode_raw(digits, tf.int64, little_endian=not big_endian)[0]
+
+    def signed(self, at):
+        """A number of four bytes with a sign."""
+        value = self.number(at, 4)
+        return tf.where(value < 2**31, value, value - 2**32)
+
+
+def _size_of_jpeg(encoded):
+    """Height, width and passes over the pixels, int64 `[3]`."""
+    size = tf.cast(tf.image.extract_jpeg_shape(encoded)[:2], tf.int64)
+    most = max_pixels() * _SCANS // tf.maximum(tf.reduce_prod(size), 1)
+
+    def count():
+        # In compressed data 0xff is followed by 0, so that this marker is one wherever it is.
+        content = tf.io.decode_raw(encoded, tf.uint8)
+        return tf.math.count_nonzero((content[:-1] == 0xFF) & (content[1:] == 0xDA))
+
+    # A pass takes more than ten bytes: of most images none need be counted.
+    length = tf.cast(tf.strings.length(encoded), tf.int64)
+    scans = tf.cond(length > 10 * most, count, lambda: tf.constant(1, tf.int64))
+    return tf.concat([size, [scans]], 0)
+
+
+def _size_in_header(encoded):
+    """Height and width, int64 `[2]`, of an image that is no JPEG."""
+    header = _Header(encoded)
+    # libpng wants the first chunk to be IHDR
+    return tf.cond(
+        header.has((0, b"\x89PNG\r\n\x1a\n"), (12, b"IHDR")),
+        lambda: tf.stack([header.number(at, 4, big_endian=True) for at in (20, 16)]),
+        lambda: _size_in_other_header(header),
+    )
+
+
+def _size_in_other_header(header):
+    is_gif, is_bmp = header.has((0, b"GIF8")), header.has((0, b"BM"))
+    number = header.number
+    # Rows of a BMP of negative height are stored from the top.
+    bmp = tf.stack([tf.abs(header.signed(22)), header.signed(18)])
+    size = tf.where(is_gif, tf.stack([number(8, 2), number(6, 2)]), bmp)
+    # TensorFlow would take WebP as well, whose animations damage its memory (2.21).
+    return _checked(size, is_gif | is_bmp, f"it is none of {' '.join(SUFFIXES)}")
+
+
+def _is_bmp_with_palette(encoded):
+    header = _Header(encoded)
+    return header.has((0, b"BM")) & (header.number(28, 2) <= 8)
+
+
+def _bmp_with_palette(encoded):
+    """TensorFlow gives the indices as if they were grey."""
+    header = _Header(encoded)
+    plain = (header.number(28, 2) == 8) & (header.number(30, 4) == 0) & (header.number(14, 4) >= 40)
+    encoded = _checked(
+        encoded, plain, "a BMP with a palette must have 8 bits a pixel, uncompressed"
+    )
+    start = tf.cast(14 + header.number(14, 4), tf.int32)
+    colours = tf.cast(header.number(10, 4), tf.int32) - start
+    palette = tf.io.decode_raw(tf.strings.substr(encoded, start, colours), tf.uint8)
+    palette = tf.reshape(palette, [-1, 4])[:, 2::-1]  # blue, green, red and nothing
+    return tf.gather(palette, tf.cast(tf.io.decode_bmp(encoded)[..., 0], tf.int32))

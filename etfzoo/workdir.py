@@ -1,6 +1,7 @@
 """The folder of a run: the only owner of the names of its files."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from etfzoo import files, locks
 from etfzoo.errors import EtfzooError
+
+_LONGEST_NAME = 120  # bytes of a data set's name in a path, whose parts have at most 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,5 +143,10 @@ class Workdir(os.PathLike):
 
 
 def folder_name(dataset: str) -> str:
-    """The name of a data set as part of a path."""
-    return dataset.replace(":", "_").replace("/", "_")
+    """The name of a data set as part of a path; of a long one the end, and a hash of all of it."""
+    name = dataset.replace(":", "_").replace("/", "_")
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    end = encoded[-_LONGEST_NAME + 9 :].decode(errors="ignore")
+    return f"{hashlib.sha256(encoded).hexdigest()[:8]}_{end}"

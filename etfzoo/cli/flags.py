@@ -104,8 +104,9 @@ def _choice(name, choices):
 
 
 def string(group, name, default, help_text, choices=None):
-    """Defines a flag of any text, or of one of some choices."""
-    _define(group, name, default, help_text, _choice(name, choices) if choices else str)
+    """Defines a flag of one line of text, which may be empty, or of one of some choices."""
+    read = _choice(name, choices) if choices else lambda text: text and _text(name)(text)
+    _define(group, name, default, help_text, read)
 
 
 def strings(group, name, default, help_text, choices=None):

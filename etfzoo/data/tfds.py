@@ -9,6 +9,7 @@ import re
 import stat
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 from etfzoo import files
@@ -290,7 +291,7 @@ def _feature_keys(tfds, name, builder):
     images = [
         k
         for k, f in features.items()
-        if isinstance(f, tfds.features.Image) and f.np_dtype in ("uint8", "uint16")
+        if isinstance(f, tfds.features.Image) and np.dtype(f.np_dtype).name in ("uint8", "uint16")
     ]
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     for keys, kind, usual in ((images, "image", "image"), (labels, "class label", "label")):

@@ -37,7 +37,7 @@ def images(source):
 def open_to_all(path):
     """Lets everybody search the folders that lead to a path of pytest."""
     for folder in (path, *path.parents):
-        if folder.name.startswith("pytest-") or folder == path:
+        if folder.name.startswith(("pytest-", "popen-")) or folder == path:
             folder.chmod(0o755)
 
 
@@ -345,10 +345,7 @@ def test_no_module_is_imported_by_a_name_in_a_file(name, made, embedded_dir, tmp
     else:
         edited("features.json", lambda d: change(d["featuresDict"]["features"]))(folder)
     before = set(sys.modules)
-    if name == "an embedded data set":  # whose features are those of its code
-        assert sources.resolve(data, data_dir).num_classes == 10
-    else:
-        assert "which is no feature of TFDS" in one_line(sources.resolve, data, data_dir)
+    assert "which is no feature of TFDS" in one_line(sources.resolve, data, data_dir)
     assert not (tmp_path / "ran").exists()
     assert not {
         m

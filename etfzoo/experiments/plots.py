@@ -87,6 +87,28 @@ def accuracy_by_domain(domains, lines: dict[str, list[tuple[float, float, float]
     return figure
 
 
+def strip(title: str, pictures, size: float = 1.1) -> Figure:
+    """Images side by side, each with a text below.
+
+    Args:
+        title: above them.
+        pictures: pairs of an image `[H, W, 3]`, uint8, and its text.
+        size: of an image, in inches.
+    """
+    lines = max(text.count("\n") + 1 for _, text in pictures)
+    height = size + 0.17 * lines + (0.35 if title else 0.1)
+    figure = Figure(figsize=((size + 0.05) * len(pictures), height), layout="constrained")
+    for axes, (image, text) in zip(
+        figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True
+    ):
+        axes.imshow(image)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(text, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
 # Told apart by most colour-blind readers, and by dash and marker in grey (Okabe and Ito).
 _COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))

@@ -3,27 +3,31 @@
 `https://` and `http://` go through requests (its proxies, certificates and ~/.netrc count), `gs://`
 through tf.io.gfile and `hf://owner/repo[/folder][@revision]` through huggingface_hub, which gives
 the https address and the token (neither was ever run against Google's or Hugging Face's servers).
-No more bytes are ever written than were announced.
+No more bytes are ever written than were announced, and a server gets no more time for them than
+`time_limit` says.
 """
 
 import contextlib
 import hashlib
 import os
+import queue
 import re
 import shutil
+import threading
 import time
 from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3.exceptions
 
-from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line
 
 SCHEMES = ("https", "http", "gs", "hf")
 TIMEOUT = 30.0  # seconds without a byte, see `timeout`
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each new attempt
 _CHUNK = 1 << 16
+_AHEAD = 16  # pieces that may come before the first of them is written
+_SLOWEST = 10_000  # bytes a second
 _MAX_REDIRECTS = 10
 _PROGRESS_BYTES = 1 << 20  # so many new bytes make the attempts count from the start again
 
@@ -57,6 +61,11 @@ def timeout() -> float:
     raise EtfzooError(f"ETFZOO_TIMEOUT must be a number of seconds; got {text!r}")
 
 
+def time_limit(size: int) -> float:
+    """Seconds in which a file of that many bytes must have come, all attempts together."""
+    return 10 * timeout() + size / _SLOWEST
+
+
 def join(base: str, name: str) -> str:
     """The address of a file in the folder of that address."""
     base, at, revision = base.partition("@") if base.startswith("hf://") else (base, "", "")
@@ -73,95 +82,141 @@ def fetch_bytes(url: str, limit: int) -> bytes:
     Raises:
         NetworkError, WrongContent: it cannot be had, see `fetch_file`, or is larger.
     """
+    deadline = time.monotonic() + time_limit(limit)
 
     def attempt():
         content = b""
-        _, chunks = _open(url, 0)
-        for chunk in chunks:
-            content += chunk
-            if len(content) > limit:
-                raise WrongContent(f"{url} is larger than {limit} bytes: refused")
+        with contextlib.closing(_received(url, 0, deadline)) as received:
+            next(received)
+            for chunk in received:
+                content += chunk
+                if len(content) > limit:
+                    raise WrongContent(f"{url} is larger than {limit} bytes: refused")
         return content
 
     return _attempts(url, attempt, lambda: 0)
 
 
-def fetch_file(url: str, path, size: int, sha256: str, on_bytes=lambda count: None) -> None:
-    """Downloads a file, going on behind the bytes that `path` has already.
+def fetch_file(url: str, file, size: int, sha256: str, on_bytes=lambda count: None) -> None:
+    """Downloads a file, going on behind the bytes that are there already.
 
     Args:
         url: its address.
-        path: where it goes; what is there of an earlier attempt is used if the hash confirms it.
+        file: where it goes, open to read and write, unbuffered; what is there of an earlier attempt
+            is used if the hash confirms it.
         size: announced number of bytes; no more are taken.
         sha256: announced hash, hex digits.
         on_bytes: called with the number of bytes that are there, now and then.
 
     Raises:
         NetworkError: no connection, an answer of 500 or more, a stall of more than `timeout()`
-            seconds or a dropped connection, after several attempts where these make sense. `path`
-            keeps what has come.
+            seconds or a dropped connection, after several attempts where these make sense; or
+            `time_limit(size)` is over. `file` keeps what has come.
         WrongContent: nothing there for us (403, 404, a bad redirect), more bytes than announced or
             another hash; of a wrong file nothing stays.
-        EtfzooError: `path` cannot be written (full disk, no permission); it is removed.
+        OSError: `file` cannot be written (full disk).
     """
+    deadline = time.monotonic() + time_limit(size)
+    if _size(file) > size:
+        file.truncate(0)
+    resumed = 0 < _size(file)
     try:
-        resumed = 0 < _size(path)
-        try:
-            _complete(url, path, size, sha256, on_bytes)
-        except WrongContent:
-            _remove(path)
-            if not resumed:
-                raise
-            # The old part may be of another file; without it the server gets a fair chance.
-            _complete(url, path, size, sha256, on_bytes)
-    except OSError as e:
-        _remove(path)
-        raise EtfzooError(f"cannot write {path}: {e.strerror or e}") from e
+        _complete(url, file, size, sha256, on_bytes, deadline)
+    except WrongContent:
+        if not resumed:
+            raise
+        # The old part may be of another file; without it the server gets a fair chance.
+        _complete(url, file, size, sha256, on_bytes, deadline)
 
 
-def _complete(url, path, size, sha256, on_bytes):
-    if _size(path) > size:
-        _remove(path)
+def _complete(url, file, size, sha256, on_bytes, deadline):
+    try:
+        _fill(url, file, size, sha256, on_bytes, deadline)
+    except WrongContent:
+        file.truncate(0)
+        raise
 
+
+def _fill(url, file, size, sha256, on_bytes, deadline):
     def attempt():
-        have = _size(path)
+        have = _size(file)
         if have < size:
-            have = _append(url, path, have, size, on_bytes)
+            have = _append(url, file, have, size, on_bytes, deadline)
         if have < size:
             raise _Ended(f"it ends after {have} of {size} bytes")
 
-    _attempts(url, attempt, lambda: _size(path))
-    with open(path, "a+b") as file:  # also makes an empty file
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _attempts(url, attempt, lambda: _size(file))
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
-        _remove(path)
         raise WrongContent(
             f"{url} is not the published file: its sha256 is {digest[:12]}... instead of "
             f"{sha256[:12]}...; it was deleted; try another address or tell the publisher"
         )
 
 
-def _append(url, path, have, size, on_bytes) -> int:
+def _append(url, file, have, size, on_bytes, deadline) -> int:
     """Writes what comes behind the first `have` bytes; the number of bytes that are there then."""
-    start, chunks = _open(url, have)
-    with open(path, "r+b" if have else "wb", buffering=0) as file:
-        file.truncate(start)
-        file.seek(start)
-        have = start
-        for chunk in chunks:
+    with contextlib.closing(_received(url, have, deadline)) as received:
+        have = next(received)
+        file.truncate(have)
+        file.seek(have)
+        for chunk in received:
             have += len(chunk)
             if have > size:
-                break
+                raise WrongContent(
+                    f"{url} sends more than the {size} bytes that were announced: refused; try "
+                    "another address or tell the publisher"
+                )
             file.write(chunk)
             on_bytes(have)
-    if have > size:
-        _remove(path)
-        raise WrongContent(
-            f"{url} sends more than the {size} bytes that were announced: refused; try another "
-            "address or tell the publisher"
-        )
     return have
+
+
+def _received(url, start, deadline):
+    """Yields where the bytes begin that come (`start`, or 0), and then these bytes.
+
+    They come in a thread of their own: no timeout of a socket ends a server that sends a byte, of
+    its headers or of the file, just often enough.
+    """
+    items: queue.Queue = queue.Queue(_AHEAD)
+    left = threading.Event()
+
+    def receive():
+        try:
+            begin, chunks = _open(url, start)
+            items.put(begin)
+            with contextlib.closing(chunks):
+                for chunk in chunks:
+                    items.put(chunk)
+                    if left.is_set():
+                        return
+            items.put(None)
+        except BaseException as error:
+            items.put(error)
+
+    threading.Thread(target=receive, daemon=True).start()
+    try:
+        while True:
+            try:
+                item = items.get(timeout=max(deadline - time.monotonic(), 0.001))
+            except queue.Empty:
+                item = None
+            if time.monotonic() > deadline:
+                raise NetworkError(
+                    f"cannot download {url}: it comes too slowly, less than {_SLOWEST:,} bytes a "
+                    "second; try again later (what has come is kept), or another address"
+                )
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                return
+            yield item
+    finally:
+        left.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                items.get_nowait()
 
 
 def _attempts(url, attempt, progress):
@@ -284,12 +339,14 @@ def _chunks(response):
     seconds = timeout()
     with response:
         try:
-            yield from response.iter_content(_CHUNK)
-        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.SSLError) as e:
+            # Other ways to read take all that is left where a chunk has a negative size.
+            while chunk := response.raw.read1(_CHUNK, decode_content=False):
+                yield chunk
+        except (urllib3.exceptions.ProtocolError, urllib3.exceptions.SSLError) as e:
             raise _Interrupted("the connection was dropped") from e
-        except requests.ConnectionError as e:  # that is how requests calls a timeout in the body
+        except urllib3.exceptions.ReadTimeoutError as e:
             raise _Interrupted(f"no byte came for {seconds:g} s") from e
-        except requests.RequestException as e:
+        except urllib3.exceptions.HTTPError as e:
             raise _Interrupted(_cause(e)) from e
 
 
@@ -352,7 +409,7 @@ def _cause(error) -> str:
 
 
 def _status(response) -> str:
-    return f"{response.status_code} {response.reason or ''}".strip()
+    return f"{response.status_code} {(response.reason or '')[:80]}".strip()
 
 
 def _advice(status) -> str:
@@ -363,18 +420,13 @@ def _advice(status) -> str:
     return "check the address"
 
 
-def _size(path) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else 0
-
-
-def _remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def _size(file) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def check_free_space(folder, needed: int) -> None:
     """Raises EtfzooError where a file system has no room for that many more bytes."""
-    free = shutil.disk_usage(files.make_directory(folder)).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise EtfzooError(
             f"the download needs {needed / 1e6:,.0f} MB and {folder} has {free / 1e6:,.0f} MB "

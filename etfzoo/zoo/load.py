@@ -26,6 +26,7 @@ from pathlib import Path
 
 import keras
 
+from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line, unknown
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
@@ -251,7 +252,7 @@ def _find(handle) -> _Source:
     text = os.fspath(handle)
     if "://" in text:
         return _find_address(text)
-    path = Path(text).expanduser()
+    path = files.expand(text)
     separators = [s for s in (os.sep, os.altsep) if s]
     if isinstance(handle, Path) or any(s in text for s in separators) or path.is_dir():
         return _find_path(path)
@@ -306,8 +307,10 @@ def _find_name(text) -> _Source:
             if version is None and chosen < max(published, default=0):
                 newest = f"{full}@{max(published)}"
                 notify("%s is newer than version %d here and published", newest, chosen)
-            if root == cache.home() and chosen in published:
-                return _fetched(_Source(full, chosen, row=row, bare=bare))
+            if root == cache.home():
+                cache.check_not_linked(versions[chosen])
+                if chosen in published:
+                    return _fetched(_Source(full, chosen, row=row, bare=bare))
             return _Source(full, chosen, folder=_verified(versions[chosen]), bare=bare)
         if version is not None and version not in published and (here or row):
             if not here:

@@ -71,7 +71,7 @@ def read(folder) -> dict[str, Entry] | None:
     if not os.path.lexists(path):
         return None
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path, follow=False) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as e:
         raise EtfzooError(f"{path} cannot be read: {e.strerror or e}") from e
@@ -161,9 +161,9 @@ def verify(folder, listing: dict[str, Entry] | None = None) -> bool:
         EtfzooError: what differs first.
     """
     folder = Path(folder)
-    if listing is None and not os.path.lexists(folder / NAME):
+    found = _walk(folder)  # also where nothing can be compared: what is loaded are plain files
+    if listing is None and NAME not in found:
         return False
-    found = _walk(folder)  # before anything is opened: a pipe in place of a file would never end
     if listing is None:
         listing = read(folder)
         found -= {NAME}
@@ -190,7 +190,7 @@ def sha256(path) -> str:
         EtfzooError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path, follow=False) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
         raise EtfzooError(f"{path} cannot be read: {e.strerror or e}") from e

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -449,14 +450,74 @@ def test_a_file_system_without_locks(site, monkeypatch):
     assert leftovers() == []
 
 
-def test_a_link_in_the_place_of_a_lock_is_not_followed(site, tmp_path):
-    folder = cache.fetch_url(site.version)
-    (lock,) = (cache.home() / ".locks").iterdir()
-    lock.unlink()
-    os.symlink(tmp_path / "elsewhere", lock)
-    (folder / DATA).write_bytes(b"x")
-    assert f"cannot write {lock}" in one_line(cache.fetch_url, site.version)
-    assert not (tmp_path / "elsewhere").exists() and leftovers() == []
+PLANTED = {  # what another user of a shared cache puts at a place
+    "a link to a folder": lambda path, outside: path.symlink_to(outside / "folder"),
+    "a link to a file": lambda path, outside: path.symlink_to(outside / "file"),
+    "a link to nothing": lambda path, outside: path.symlink_to(outside / "none"),
+    "another name of a file": lambda path, outside: os.link(outside / "file", path),
+    "a pipe": lambda path, outside: os.mkfifo(path),
+}
+PLACES = [
+    "urls",
+    "{target}",
+    "{target}/variables",
+    f"{{target}}/{DATA}",
+    f"{{target}}/{manifest.NAME}",
+    "{download}",
+    "{download}/files",
+    "{download}/files/variables",
+    f"{{download}}/files/{DATA}",
+    "{download}/files/saved_model.pb",
+    "{download}/old",
+    ".locks",
+    ".locks/{lock}",
+]
+
+
+def everything(folder):
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() else None
+        found[path] = status.st_mode, status.st_mtime_ns, content
+    return found
+
+
+@pytest.mark.parametrize("what", PLANTED)
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_outside_of_the_cache_is_touched(site, tmp_path, place, what):
+    """Whatever another user of the cache has planted in it: one line, or it goes, or it stays."""
+    target = cache.fetch_url(site.version)
+    download_folder = f"urls/.download-{target.name}"
+    part = cache.home() / f"{download_folder}/files/variables"
+    part.mkdir(parents=True)
+    (part.parent.parent / "old").mkdir()
+    names = {"target": f"urls/{target.name}", "download": download_folder}
+    names["lock"] = f"urls@{target.name}"
+    outside = tmp_path / "outside"
+    make_version(outside / "folder", seed=7)
+    make_version(outside / "folder/files", seed=8)
+    shutil.copytree(outside / "folder", outside / "folder" / target.name)
+    (outside / "file").write_bytes(b"must stay" * 30)
+    before = everything(outside)
+
+    if "{target}" not in place and place != "urls":
+        (target / DATA).unlink()  # so that it is downloaded again
+    path = cache.home() / place.format(**names)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    PLANTED[what](path, outside)
+    for _ in range(2):
+        try:
+            assert_same_folder(cache.fetch_url(site.version), site.folder)
+        except EtfzooError as error:
+            assert str(error).isprintable() and str(path.name) in str(error)
+        assert everything(outside) == before
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        path.unlink()
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+    assert everything(outside) == before
 
 
 def test_tensorflows_file_systems(site, monkeypatch):

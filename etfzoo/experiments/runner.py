@@ -13,6 +13,7 @@ from pathlib import Path
 
 from etfzoo import files, internals, locks
 from etfzoo.data.sources import resolve
+from etfzoo.errors import EtfzooError
 from etfzoo.experiments import sweep
 from etfzoo.runtime.interruption import EXIT_STOPPED, Stopped, StopRequest
 from etfzoo.version import __version__
@@ -118,7 +119,7 @@ class _Runner:
         cell.ready_job().save(job)
         command = [sys.executable, "-m", "etfzoo.training", f"--config={job}"]
         images = sweep.remaining_images(cell)
-        with open(log, "ab") as output:
+        with self._opened(log) as output:
             offset = output.tell()
             output.write((shlex.join(command) + "\n").encode())
             output.flush()
@@ -136,6 +137,12 @@ class _Runner:
                 preexec_fn=internals.end_with_parent if sys.platform == "linux" else None,
             )
         return _Running(cell, slot, process, log, offset, time.monotonic(), images)
+
+    def _opened(self, log):
+        try:
+            return files.open_regular(log, "ab")
+        except OSError as error:
+            raise EtfzooError(f"cannot write {log}: {error.strerror or error}") from error
 
     def _collect(self):
         for run in list(self.running):

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -182,6 +183,44 @@ def test_lasting_faults(site, fault, message, attempts):
     site.faults.clear()
     assert_same_folder(cache.fetch_url(site.version), site.folder)
     assert leftovers() == []
+
+
+@pytest.mark.parametrize("where", ["data", "list"])
+@pytest.mark.parametrize("headers", [True, False])
+def test_a_server_that_drips(site, monkeypatch, where, headers):
+    """Some bytes come before any timeout, and the whole never would."""
+    monkeypatch.setenv("ETFZOO_TIMEOUT", "0.1")
+    monkeypatch.setattr(download, "_SLOWEST", 10**6)
+    path = site.data if where == "data" else f"/rn18_etf.x/1/{manifest.NAME}"
+    site.faults[path] = [http.drip(headers=headers)]
+    start = time.monotonic()
+    text = one_line(cache.fetch_url, site.version)
+    assert "comes too slowly, less than 1,000,000 bytes a second; try again later" in text
+    limit = download.time_limit(300_000 if where == "data" else manifest.MAX_BYTES)
+    assert 1 < limit < time.monotonic() - start < limit + 5
+    assert (where == "data") == (leftovers() != [])
+    site.faults.clear()
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+
+
+@pytest.mark.parametrize(
+    "sizes", [b"-1", b"-ffffffff", b"ffffffffffffffff", b"x", b"1;" + b"x" * 99]
+)
+def test_chunks_of_wrong_sizes(site, sizes):
+    """Endless ones: no more is taken, or kept in memory, than was announced."""
+    site.faults[site.data] = [http.chunked(sizes, b"x" * 70_000)]
+    tracemalloc.start()
+    text = one_line(cache.fetch_url, site.version)
+    assert "sends more than the 300000 bytes" in text or "the connection was dropped" in text
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_nothing_that_a_server_says_is_obeyed_by_the_terminal(site):
+    evil = "\x1b]0;title\x07\x1b[2J\u202e\x9b1m" + "x" * 500
+    site.faults[site.data] = [http.reason(404, evil.encode("latin-1", "ignore").decode("latin-1"))]
+    text = one_line(cache.fetch_url, site.version)
+    assert text.isprintable() and "404 \\x1b]0;title\\x07\\x1b[2J" in text
 
 
 def test_a_circle_of_two_addresses(site):

@@ -151,7 +151,7 @@ class _Runner:
                 continue
             self.running.remove(run)
             seconds = time.monotonic() - run.start
-            result = Workdir(run.cell.workdir).read_result() if code == 0 else None
+            result = Workdir(run.cell.workdir).usable_result() if code == 0 else None
             if result is not None:
                 before = self.walls.get(sweep.kind(run.cell), (0.0, 0.0))
                 self.walls[sweep.kind(run.cell)] = (before[0] + run.images, before[1] + seconds)

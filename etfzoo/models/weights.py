@@ -46,6 +46,11 @@ def assign(variables, arrays, what: str = "weights", skip=lambda path: False) ->
     ]
     if wrong:
         problems.append(f"of another shape: {_some(wrong)}")
+    values = [
+        path for path in targets.keys() & sources.keys() if sources[path].dtype.kind in "OSUV"
+    ]
+    if values:
+        problems.append(f"no numbers: {_some(values)}")
     if problems:
         raise EtfzooError(f"{what} do not fit the model: {'; '.join(problems)}")
     for path, variable in targets.items():

@@ -1,6 +1,7 @@
 """What a training ran on and how long, for the model card."""
 
 import json
+import logging
 import os
 import platform
 import re
@@ -12,8 +13,11 @@ from pathlib import Path
 import tensorflow as tf
 
 from etfzoo import files
+from etfzoo.errors import EtfzooError
 from etfzoo.runtime.strategy import get_strategy, num_workers
-from etfzoo.workdir import Workdir
+from etfzoo.workdir import Workdir, is_number
+
+log = logging.getLogger("etfzoo")
 
 # Where a run reads and writes is nobody's business but its owner's.
 _PRIVATE = ("workdir", "data_dir")
@@ -37,9 +41,25 @@ def describe(strategy=None) -> str:
 
 
 def read(workdir) -> dict:
-    """What `write` recorded: `hardware`, `seconds`, `command`; empty where nothing was."""
+    """What `write` recorded: `hardware`, `seconds`, `command`; without what was damaged since."""
     path = Workdir(workdir).machine
-    return files.read_json(path) if path.exists() else {}
+    if not os.path.lexists(path):
+        return {}
+    try:
+        document = files.read_json(path)
+    except EtfzooError as error:
+        log.warning("%s", error)
+        return {}
+    good = {
+        "hardware": lambda value: isinstance(value, str),
+        "seconds": lambda value: is_number(value, 0, 1e12),
+        "command": lambda value: isinstance(value, str),
+    }
+    found = document if isinstance(document, dict) else {}
+    kept = {name: found[name] for name, is_good in good.items() if is_good(found.get(name))}
+    if kept.keys() != good.keys() & found.keys() or kept == {}:
+        log.warning("%s is damaged: the run's hardware or time is not known any more", path)
+    return kept
 
 
 def write(workdir, seconds: float, strategy=None) -> None:

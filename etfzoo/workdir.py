@@ -167,7 +167,10 @@ class Workdir(os.PathLike):
         except (RecursionError, ValueError) as error:  # an EtfzooError is a ValueError, too
             raise EtfzooError(f"cannot read {self.metrics_jsonl}: {error}") from error
         if not all(_are_numbers(row, {"epoch", "train_loss"}) for row in rows):
-            raise _damaged(self.metrics_jsonl, "it has a line that is no epoch")
+            raise EtfzooError(
+                f"{self.metrics_jsonl} is damaged: it has a line that is no epoch; delete it, and "
+                "this run has no curves"
+            )
         return rows
 
     def remove_checkpoints(self) -> None:

@@ -54,7 +54,8 @@ def archive(path, content, method=zipfile.ZIP_STORED):
 
 
 @pytest.mark.parametrize(
-    "shape", ["(1000000000000,)", "(10**6,)", "(-1, -8)", "(2**63, 4)", "(4000, 4000, 4000, 40)", "5"]
+    "shape",
+    ["(1000000000000,)", "(10**6,)", "(-1, -8)", "(2**63, 4)", "(4000, 4000, 4000, 40)", "5"],
 )
 def test_headers_that_declare_terabytes(tmp_path, shape):
     header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}"

@@ -148,7 +148,7 @@ class Trainer:
         check_agreement(self.strategy, start | {"steps an epoch": self.steps})
         self.writer = tf.summary.create_noop_writer()
         if self.chief:
-            with _only_a_log():
+            with _only_a_log(self.workdir.tensorboard):
                 self.writer = tf.summary.create_file_writer(str(self.workdir.tensorboard))
         with StopRequest() as stop:
             try:
@@ -307,14 +307,14 @@ class Trainer:
         self.checkpoints.save(step, self.model, self.optimizer, state, best, write=self.chief)
         if self.chief:
             seconds = self.seconds + time.monotonic() - self.start
-            with _only_a_log():
+            with _only_a_log(self.workdir.machine):
                 hardware.write(self.workdir, seconds, self.strategy)
 
     def _log(self, row):
         if not self.chief:
             return
         self._write_logs()
-        with _only_a_log(), self.writer.as_default():
+        with _only_a_log(self.workdir.tensorboard), self.writer.as_default():
             for name, value in row.items():
                 if name not in ("epoch", "step"):
                     tf.summary.scalar(name, value, step=row["epoch"])
@@ -323,14 +323,14 @@ class Trainer:
         """Log files are rewritten from the history, so that a resumed run repeats no row."""
         rows = self.state["history"]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        with _only_a_log():
+        with _only_a_log(self.workdir.metrics_jsonl):
             files.write_text(self.workdir.metrics_jsonl, lines)
         table = io.StringIO()
         columns = dict.fromkeys(name for r in rows for name in r)
         writer = csv.DictWriter(table, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
-        with _only_a_log():
+        with _only_a_log(self.workdir.metrics_csv):
             files.write_text(self.workdir.metrics_csv, table.getvalue())
 
     def _diverged(self, error):
@@ -344,12 +344,12 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _only_a_log():
+def _only_a_log(path):
     """Lets a run go on where a file cannot be written that it does not need."""
     try:
         yield
     except (EtfzooError, OSError, tf.errors.OpError) as error:
-        log.warning("%s; the run goes on without this log", first_line(error))
+        log.warning("the run goes on without %s: %s", path, first_line(error))
 
 
 def _averages(totals) -> dict[str, float]:

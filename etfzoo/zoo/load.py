@@ -101,9 +101,8 @@ def load(
     if not load_weights:
         return _build(target, source)
     if model is None:
-        # Read before the network is built, so that a damaged file fails at once.
-        arrays = publish.read_weights(source.folder)
-        _check_classes(spec, arrays, source)
+        arrays = publish.Weights(source.folder)
+        _check_classes(spec, arrays.shapes, source)
     elif target == spec and not fresh:
         return model
     else:
@@ -377,12 +376,12 @@ def _build(spec, source):
         raise EtfzooError(f"{source} cannot be built: {first_line(e)}") from e
 
 
-def _check_classes(spec, arrays, source):
+def _check_classes(spec, shapes, source):
     """Before a network is built that a wrong number makes too large for any memory."""
-    kernel = arrays.get("logits/kernel")
-    if spec.head is not None and kernel is not None and kernel.shape[-1:] != (spec.num_classes,):
+    kernel = shapes.get("logits/kernel")
+    if spec.head is not None and kernel is not None and kernel[-1:] != (spec.num_classes,):
         raise EtfzooError(
-            f"the weights of {source} do not fit the model: {kernel.shape[-1:]} classes instead of "
+            f"the weights of {source} do not fit the model: {kernel[-1:]} classes instead of "
             f"{spec.num_classes}"
         )
 

@@ -20,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from etfzoo import files
+from etfzoo import files, internals
 from etfzoo.errors import EtfzooError, first_line
 
 FORMAT = 1
@@ -35,6 +35,12 @@ _ALLOWED = re.compile(
     r"|assets(\.extra)?(/[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?){1,3}"
 )
 _REQUIRED = ("saved_model.pb", "variables/variables.index", "assets.extra/etfzoo.json")
+# Of what is read as a whole before it is known to be a model.
+_LARGEST = {
+    "assets.extra/etfzoo.json": files.MAX_DOCUMENT,
+    "README.md": files.MAX_DOCUMENT,
+    "variables/variables.index": internals.MAX_INDEX,
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -126,6 +132,8 @@ def check_listing(document, where) -> dict[str, Entry]:
             raise EtfzooError(f"{where} has no sha256 for {name}")
         if type(size) is not int or size < 0:
             raise EtfzooError(f"{where} has no size for {name}")
+        if size > _LARGEST.get(name, size):
+            raise EtfzooError(f"{where} lists {name} with {size} bytes: refused")
         listing[name] = Entry(digest, size)
     missing = [name for name in _REQUIRED if name not in listing]
     if missing:

@@ -6,6 +6,7 @@ works too, the function of `etfzoo.internals` can go.
 
 import ctypes
 import gc
+import os
 import signal
 import struct
 import subprocess

@@ -51,9 +51,9 @@ def read(workdir) -> dict:
         log.warning("%s", error)
         return {}
     good = {
-        "hardware": lambda value: isinstance(value, str),
+        "hardware": lambda value: isinstance(value, str) and value.isprintable(),
         "seconds": lambda value: is_number(value, 0, 1e12),
-        "command": lambda value: isinstance(value, str),
+        "command": _is_command,
     }
     found = document if isinstance(document, dict) else {}
     kept = {name: found[name] for name, is_good in good.items() if is_good(found.get(name))}
@@ -71,6 +71,13 @@ def write(workdir, seconds: float, strategy=None) -> None:
     document = {"hardware": describe(strategy), "seconds": round(seconds, 1)}
     document["command"] = first or _command(sys.argv)
     files.write_text(Workdir(workdir).machine, json.dumps(document, indent=2) + "\n")
+
+
+def _is_command(value):
+    try:
+        return isinstance(value, str) and value.isprintable() and bool(shlex.split(value))
+    except ValueError:  # a quotation that does not end
+        return False
 
 
 def _command(argv):

@@ -244,3 +244,23 @@ def test_all_checkpoints_damaged(run, config):
         rewrite(path, epoch=-1)
     with pytest.raises(EtfzooError, match="all .* are damaged; delete them to start again"):
         loop.train_and_evaluate(config, run)
+
+
+@pytest.mark.parametrize(
+    "content, kept",
+    [
+        ({"hardware": "X", "seconds": 2.5, "command": "python a.py"}, 3),
+        ({"hardware": 1, "seconds": 2.5, "command": "python a.py"}, 2),
+        ({"hardware": "X\x1b[2J", "seconds": -1, "command": "python 'a.py"}, 0),
+        ({"hardware": "X", "seconds": float("nan"), "command": ""}, 1),
+        ({"seconds": True, "other": 1}, 0),
+        ([1], 0),
+        ("text", 0),
+        (None, 0),
+    ],
+)
+def test_what_is_known_of_a_machine(tmp_path, content, kept, caplog):
+    Workdir(tmp_path).machine.write_text(json.dumps(content))
+    found = hardware.read(tmp_path)
+    assert len(found) == kept and found.items() <= (content if kept else {}).items()
+    assert ("machine.json is damaged" in caplog.text) == (kept < 3)

@@ -39,7 +39,9 @@ def folder(root, *names: str, make: bool = False):
                 opened = os.open(name, _FOLDER, dir_fd=opened)
             except OSError as error:
                 if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                    raise linked(os.path.join(*names)) from error
+                    raise linked(
+                        os.path.join("" if isinstance(root, int) else root, *names)
+                    ) from error
                 raise
             stack.callback(os.close, opened)
         yield opened

@@ -228,6 +228,7 @@ def _download(temporary, place, what, url, listing, try_out):
         what, url, listing, try_out: as in `_fetch`.
     """
     folder = place / "files"
+    check_not_linked(folder)
     try:
         with beneath.folder(temporary, "files", make=True) as opened:
             have = beneath.tidy(opened, listing)

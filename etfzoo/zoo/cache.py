@@ -34,7 +34,7 @@ import filelock
 from etfzoo import files
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress, notify
-from etfzoo.zoo import beneath, download, manifest
+from etfzoo.zoo import beneath, download, manifest, transport
 
 _METADATA = "assets.extra/etfzoo.json"
 
@@ -148,8 +148,8 @@ def parse_handle(handle: str) -> tuple[str, str | None]:
         parts.port  # noqa: B018 - raises where it is no number
     except ValueError as e:
         raise EtfzooError(f"{handle[:200]!r} is no address: {e}") from e
-    if parts.scheme not in download.SCHEMES:
-        known = ", ".join(f"{s}://" for s in download.SCHEMES)
+    if parts.scheme not in transport.SCHEMES:
+        known = ", ".join(f"{s}://" for s in transport.SCHEMES)
         raise EtfzooError(f"{handle[:200]}: addresses that can be loaded begin with {known}")
     if fragment and not pin:
         raise EtfzooError(f"{handle[:200]}: only #sha256= and 64 hex digits may follow #")

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models.table import BACKBONES, METHODS
-from etfzoo.zoo import download, manifest
+from etfzoo.zoo import manifest, transport
 
 FORMAT = 2
 
@@ -211,7 +211,7 @@ def _checked(document, path) -> Index:
             urls = published["urls"]
             need(
                 isinstance(urls, list)
-                and all(is_text(u) and urlsplit(u).scheme in download.SCHEMES for u in urls),
+                and all(is_text(u) and urlsplit(u).scheme in transport.SCHEMES for u in urls),
                 f"urls of {what}",
             )
             need(isinstance(published["metrics"], dict), f"metrics of {what}")

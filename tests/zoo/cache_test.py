@@ -17,7 +17,7 @@ import pytest
 
 import server as http
 from etfzoo.errors import EtfzooError
-from etfzoo.zoo import cache, download, manifest
+from etfzoo.zoo import cache, download, manifest, transport
 from testing import CHECKOUT, small_disk
 
 DATA = "variables/variables.data-00000-of-00001"
@@ -256,7 +256,7 @@ def test_a_login_goes_to_its_own_host_alone(site, tmp_path, monkeypatch):
         site.faults["/moved"] = noting("its own", http.redirect(other.url + path))
         other.faults[path] = noting("another", http.good)
         login = {"Authorization": "Bearer secret"}
-        monkeypatch.setattr(download, "_hugging_face", lambda url: (site.url + path, login))
+        monkeypatch.setattr(transport, "_hugging_face", lambda url: (site.url + path, login))
         content = download.fetch_bytes("hf://owner/repo/saved_model.pb", 10_000)
     assert content == (site.folder / "saved_model.pb").read_bytes()
     assert sent == [("its own", "Bearer secret")] * 2 + [("another", None)]
@@ -568,10 +568,10 @@ def test_tensorflows_file_systems(site, monkeypatch):
         tf.io.gfile.makedirs(os.path.dirname(f"{base}/{name}"))
         with tf.io.gfile.GFile(f"{base}/{name}", "wb") as file:
             file.write((site.folder / name).read_bytes())
-    monkeypatch.setattr(download, "_open_http", None)
-    open_gfile = download._open_gfile
+    monkeypatch.setattr(transport, "_open_http", None)
+    open_gfile = transport._open_gfile
     to_ram = lambda url, start: open_gfile(url.replace("gs://", "ram://"), start)  # noqa: E731
-    monkeypatch.setattr(download, "_open_gfile", to_ram)
+    monkeypatch.setattr(transport, "_open_gfile", to_ram)
     assert_same_folder(cache.fetch_url("gs://bucket/rn18_etf.x/1"), site.folder)
     text = one_line(cache.fetch_url, "gs://bucket/none/1")
     assert "//bucket/none/1/assets.extra/files.json: NotFoundError" in text and leftovers() == []

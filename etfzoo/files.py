@@ -14,6 +14,7 @@ from etfzoo.errors import EtfzooError
 MAX_DOCUMENT = (
     2**23
 )  # bytes of a JSON document that others wrote; classes of ImageNet-21k take 2**21
+_NONBLOCK, _NOFOLLOW = (getattr(os, f"O_{name}", 0) for name in ("NONBLOCK", "NOFOLLOW"))
 _MAX_OWN = 2**28  # of one that a run has written
 
 
@@ -81,7 +82,7 @@ def open_regular(
     """
 
     def opener(path, flags):
-        flags |= os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        flags |= _NONBLOCK | (0 if follow else _NOFOLLOW)
         descriptor = os.open(path, flags, 0o666, dir_fd=dir_fd)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)

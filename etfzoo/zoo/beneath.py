@@ -12,7 +12,8 @@ import stat
 from etfzoo import files
 from etfzoo.errors import EtfzooError
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+# Windows has neither, nor descriptors of folders.
+_FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextlib.contextmanager
@@ -28,6 +29,10 @@ def folder(root, *names: str, make: bool = False):
         EtfzooError: one of the names is a link, or no folder.
         OSError: it cannot be made or opened.
     """
+    if os.open not in os.supports_dir_fd:
+        raise EtfzooError(
+            "this system cannot download safely: copy the model's folder, load its path"
+        )
     with contextlib.ExitStack() as stack:
         opened = os.dup(root) if isinstance(root, int) else os.open(root, os.O_RDONLY)
         stack.callback(os.close, opened)

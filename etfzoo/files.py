@@ -11,9 +11,7 @@ from pathlib import Path
 
 from etfzoo.errors import EtfzooError
 
-MAX_DOCUMENT = (
-    2**23
-)  # bytes of a JSON document that others wrote; classes of ImageNet-21k take 2**21
+MAX_DOCUMENT = 2**23  # bytes of a stranger's JSON; classes of ImageNet-21k take 2**21
 _NONBLOCK, _NOFOLLOW = (getattr(os, f"O_{name}", 0) for name in ("NONBLOCK", "NOFOLLOW"))
 _MAX_OWN = 2**28  # of one that a run has written
 

@@ -65,12 +65,17 @@ def read(workdir) -> dict:
 def write(workdir, seconds: float, strategy=None) -> None:
     """Records the hardware of a run, the seconds that it took so far, and its command.
 
-    The command is that of the process that began it, without the places on this machine.
+    The command is that of the process that began it, without the places on this machine. Where the
+    file cannot be written there is a warning: no run needs it.
     """
     first = read(workdir).get("command")
     document = {"hardware": describe(strategy), "seconds": round(seconds, 1)}
     document["command"] = first or _command(sys.argv)
-    files.write_text(Workdir(workdir).machine, json.dumps(document, indent=2) + "\n")
+    path = Workdir(workdir).machine
+    try:
+        files.write_text(path, json.dumps(document, indent=2) + "\n")
+    except EtfzooError as error:
+        log.warning("the run goes on without %s: %s", path, error)
 
 
 def _is_command(value):

@@ -308,8 +308,7 @@ class Trainer:
         self.checkpoints.save(step, self.model, self.optimizer, state, best, write=self.chief)
         if self.chief:
             seconds = self.seconds + time.monotonic() - self.start
-            with _only_a_log(self.workdir.machine):
-                hardware.write(self.workdir, seconds, self.strategy)
+            hardware.write(self.workdir, seconds, self.strategy)
 
     def _log(self, row):
         if not self.chief:

@@ -193,8 +193,8 @@ def _are_numbers(row, names) -> bool:
 
 def _is_result(result) -> bool:
     return (
-        _are_numbers(result, {"top1", "mean_per_class", "examples"})
-        and all(is_number(result[name], 0, 1) for name in ("top1", "mean_per_class"))
+        _are_numbers(result, {"top1", "examples"})
+        and all(is_number(result.get(name, 0), 0, 1) for name in ("top1", "mean_per_class"))
         and is_number(result["examples"], 1)
     )
 

@@ -22,7 +22,10 @@ def test_names_of_data_sets_are_names_of_folders(tmp_path):
 @pytest.mark.parametrize(
     "content",
     ["", "[1]", "{}", "null", '{"top1": 1.5, "mean_per_class": 1, "examples": 9}', "[" * 10**5]
-    + ['{"top1": "0.5", "mean_per_class": 1, "examples": 9}', '{"top1": 0.5, "examples": 9}']
+    + [
+        '{"top1": "0.5", "mean_per_class": 1, "examples": 9}',
+        '{"mean_per_class": 0.5, "examples": 9}',
+    ]
     + ['{"top1": NaN, "mean_per_class": 1, "examples": 9}', '{"top1": 0.5, "mean_per_class": 1}'],
 )
 def test_damaged_results(tmp_path, content, caplog):

@@ -7,7 +7,14 @@ _SHOWN = 120  # letters of a value in a message
 
 
 class EtfzooError(ValueError):
-    """Bad input or a broken environment; recipes print the message and exit with code 2."""
+    """Bad input or a broken environment; recipes print the message and exit with code 2.
+
+    Args:
+        message: shown as `printable` has it, as names and reasons in it may be a stranger's.
+    """
+
+    def __init__(self, message=""):
+        super().__init__(printable(str(message)))
 
 
 class TrainingDiverged(EtfzooError):
@@ -32,6 +39,15 @@ def shown(value) -> str:
     """A value as a message shows it: not all of a very long one."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey or could not show: escaped as in Python."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def first_line(error) -> str:

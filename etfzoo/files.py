@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written under another name, then renamed."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -10,18 +11,25 @@ from pathlib import Path
 
 from etfzoo.errors import EtfzooError
 
+MAX_DOCUMENT = 2**23  # bytes of a stranger's JSON; classes of ImageNet-21k take 2**21
+_NONBLOCK, _NOFOLLOW = (getattr(os, f"O_{name}", 0) for name in ("NONBLOCK", "NOFOLLOW"))
+_MAX_OWN = 2**28  # of one that a run has written
+
 
 @contextlib.contextmanager
 def atomic(path):
     """Opens a temporary binary file beside `path` that takes its place when the block ends well.
 
+    A link is written through: the file that it leads to is the one that changes.
+
     Raises:
-        EtfzooError: the file could not be written (full disk, no permission); `path` is untouched.
+        EtfzooError: the file could not be written (full disk, no permission, see `destination`);
+            `path` is untouched.
     """
-    path = Path(path)
+    path = destination(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -33,26 +41,73 @@ def atomic(path):
             temporary.unlink(missing_ok=True)
 
 
+def destination(path) -> Path:
+    """The file that is written where a path is given: the one that a link leads to.
+
+    Raises:
+        EtfzooError: a folder, a FIFO or a device; nothing is opened.
+    """
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise EtfzooError(f"cannot write {path}: it is no regular file")
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is to be made, or writing it will say why not
+    except OSError as error:
+        raise EtfzooError(f"cannot write {path}: {error.strerror or error}") from error
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def write_text(path, text: str) -> None:
     """Writes a text file atomically."""
     with atomic(path) as file:
         file.write(text.encode())
 
 
-def read_bytes(path) -> bytes:
-    """Reads a regular file; waits for no FIFO and reads no device.
+def open_regular(
+    path, mode="rb", buffering: int = -1, follow: bool = True, dir_fd: int | None = None
+):
+    """Opens a regular file; waits for no FIFO, and touches no device.
+
+    Args:
+        path: of the file.
+        mode, buffering: as those of `open`; no mode that empties a file.
+        follow: whether a link is followed.
+        dir_fd: descriptor of the folder that a relative path starts in.
 
     Raises:
-        EtfzooError: no such file, no permission, or no regular file.
+        OSError: as `open`; also where it is no regular file.
+    """
+
+    def opener(path, flags):
+        flags |= _NONBLOCK | (0 if follow else _NOFOLLOW)
+        descriptor = os.open(path, flags, 0o666, dir_fd=dir_fd)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return descriptor
+
+    return open(path, mode, buffering, opener=opener)
+
+
+def read_bytes(path, limit: int | None = None) -> bytes:
+    """Reads a regular file.
+
+    Args:
+        path: of the file.
+        limit: number of bytes from which on it is refused.
+
+    Raises:
+        EtfzooError: no such file, no permission, no regular file, or a larger one.
     """
     try:
-        # Without O_NONBLOCK, opening a FIFO waits until somebody writes to it.
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise EtfzooError(f"{path} cannot be read: it is no regular file")
-            return file.read()
+        with open_regular(path) as file:
+            content = file.read() if limit is None else file.read(limit + 1)
     except OSError as error:
         raise EtfzooError(f"{path} cannot be read: {error.strerror or error}") from error
+    if limit is not None and len(content) > limit:
+        raise EtfzooError(f"{path} cannot be read: it is larger than {limit} bytes")
+    return content
 
 
 def read_json(path):
@@ -61,7 +116,7 @@ def read_json(path):
     Raises:
         EtfzooError: no such file, or not JSON.
     """
-    content = read_bytes(path)
+    content = read_bytes(path, _MAX_OWN)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

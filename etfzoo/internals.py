@@ -9,13 +9,16 @@ Every room may use this module: it imports TensorFlow and Keras only where a fun
 import contextlib
 import ctypes
 import importlib
+import math
 import os
 import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
+MAX_INDEX = 2**22  # bytes of a SavedModel's index of variables; that of a ResNet101 has 2**16
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 # TensorFlow: SavedModels.
@@ -94,32 +97,59 @@ def remove_output_shapes(folder) -> None:
     Path(folder, "fingerprint.pb").unlink()
 
 
-def read_saved_dict(folder, attribute: str) -> dict:
+class SavedDict(Mapping):
     """The variables of a SavedModel that are in a dict of the saved object; nothing of it is run.
 
-    Builds on the keys of TensorFlow's checkpoints, `<attribute>/<key>/.ATTRIBUTES/VARIABLE_VALUE`,
-    because the public way to restore by name needs the objects, and so the SavedModel loaded.
+    A NumPy array by key of the dict; each is read when it is asked for. Builds on the keys of
+    TensorFlow's checkpoints, `<attribute>/<key>/.ATTRIBUTES/VARIABLE_VALUE`, because the public way
+    to restore by name needs the objects, and so the SavedModel loaded.
 
     Args:
         folder: of the SavedModel.
         attribute: name of the dict. Its keys have neither `/` nor `.`, which TensorFlow escapes.
 
-    Returns:
-        NumPy arrays by key of the dict.
+    Attributes:
+        shapes: of the arrays, tuples by key.
 
     Raises:
         tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError: missing, truncated or
-            damaged files.
+            damaged files, a large index, or one by which the arrays are larger than the files; also
+            where an array is read.
     """
-    import tensorflow as tf
 
-    prefix, suffix = f"{attribute}/", "/.ATTRIBUTES/VARIABLE_VALUE"
-    reader = tf.train.load_checkpoint(str(Path(folder, "variables", "variables")))
-    return {
-        key[len(prefix) : -len(suffix)]: reader.get_tensor(key)
-        for key in reader.get_variable_to_shape_map()
-        if key.startswith(prefix) and key.endswith(suffix)
-    }
+    def __init__(self, folder, attribute: str):
+        import tensorflow as tf
+
+        prefix, suffix = f"{attribute}/", "/.ATTRIBUTES/VARIABLE_VALUE"
+        path = Path(folder, "variables", "variables")
+        index = path.with_name("variables.index")
+        if index.exists() and index.stat().st_size > MAX_INDEX:
+            raise ValueError(f"the index is larger than {MAX_INDEX} bytes")
+        self._reader = tf.train.load_checkpoint(str(path))
+        shapes, types = (
+            self._reader.get_variable_to_shape_map(),
+            self._reader.get_variable_to_dtype_map(),
+        )
+        self._keys = {
+            key[len(prefix) : -len(suffix)]: key
+            for key in shapes
+            if key.startswith(prefix) and key.endswith(suffix)
+        }
+        self.shapes = {name: tuple(shapes[key]) for name, key in self._keys.items()}
+        # Arrays may share their bytes, of which then a few would unfold to any size.
+        declared = sum(math.prod(shapes[key]) * types[key].size for key in self._keys.values())
+        held = sum(data.stat().st_size for data in path.parent.glob("variables.data-*"))
+        if declared > held or any(types[key] == tf.string for key in self._keys.values()):
+            raise ValueError("the index declares other values than the data files hold")
+
+    def __getitem__(self, name):
+        return self._reader.get_tensor(self._keys[name])
+
+    def __iter__(self):
+        return iter(self._keys)
+
+    def __len__(self):
+        return len(self._keys)
 
 
 def prediction_log(signature: str, inputs: dict) -> bytes:

@@ -1,6 +1,7 @@
 """Locks on folders: one process at a time, freed by its death."""
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -58,9 +59,13 @@ def _locked(path, folder, what, patience):
     deadline, told = time.monotonic() + patience, False
     while True:
         try:
-            file = open(path, "a+")  # noqa: SIM115
-        except OSError:  # what is to be written there will say so
-            return None
+            file = files.open_regular(path, "a+", follow=False)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EINVAL, errno.ENXIO):
+                raise EtfzooError(
+                    f"{path} is no lock but a link, a pipe or a device: delete it"
+                ) from error
+            return None  # what is to be written there will say so
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

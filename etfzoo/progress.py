@@ -4,6 +4,8 @@ import logging
 import sys
 import time
 
+from etfzoo.errors import printable
+
 _log = logging.getLogger("etfzoo")
 
 
@@ -13,7 +15,7 @@ def notify(message: str, *args) -> None:
         _log.addHandler(logging.StreamHandler(sys.stderr))
     if _log.level == logging.NOTSET:
         _log.setLevel(logging.INFO)
-    _log.info(message, *args)
+    _log.info("%s", printable(message % args))
 
 
 class Progress:

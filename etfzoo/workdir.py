@@ -3,12 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from pathlib import Path
 
 from etfzoo import files, locks
 from etfzoo.errors import EtfzooError
+
+log = logging.getLogger("etfzoo")
 
 _LONGEST_NAME = 120  # bytes of a data set's name in a path, whose parts have at most 255
 
@@ -113,33 +117,92 @@ class Workdir(os.PathLike):
         files.remove_temporaries(self.path)
 
     def read_result(self) -> dict | None:
-        """The figures of a finished run, None where it is not finished."""
-        return files.read_json(self.result) if self.finished else None
+        """The figures of a finished run, None where it is not finished.
+
+        Raises:
+            EtfzooError: the file cannot be read, or holds no result.
+        """
+        if not self.finished:
+            return None
+        result = files.read_json(self.result)
+        if not _is_result(result):
+            raise _damaged(self.result, "it holds no result of a run")
+        return result
+
+    def usable_result(self) -> dict | None:
+        """As `read_result`, but None where the file is damaged: the run makes it again."""
+        try:
+            return self.read_result()
+        except EtfzooError as error:
+            log.warning("%s", error)
+            return None
 
     def write_result(self, result: dict) -> None:
         """Marks the run as finished."""
         files.write_text(self.result, json.dumps(result, indent=2) + "\n")
 
     def read_selection(self) -> list[dict]:
-        """The candidates of a search with their scores; [] of none."""
-        return files.read_json(self.selection) if self.selection.exists() else []
+        """The candidates of a search with their scores; [] of none.
+
+        Raises:
+            EtfzooError: the file cannot be read, or is no such list.
+        """
+        rows = files.read_json(self.selection) if self.selection.exists() else []
+        names = {"learning_rate", "weight_decay"}
+        if not isinstance(rows, list) or not all(_are_numbers(row, names) for row in rows):
+            raise _damaged(self.selection, "it is no list of candidates")
+        return rows
 
     def history(self) -> list[dict]:
         """The epochs so far; [] before the first.
 
         Raises:
-            EtfzooError: a file that cannot be read, or a line that is not JSON.
+            EtfzooError: a file that cannot be read, or a line that is no epoch.
         """
-        try:
-            lines = self.metrics_jsonl.read_text("utf-8").splitlines()
-            return [json.loads(line) for line in lines]
-        except (FileNotFoundError, NotADirectoryError):
+        if not self.metrics_jsonl.exists():
             return []
-        except (OSError, ValueError) as error:
+        try:
+            lines = files.read_bytes(self.metrics_jsonl).decode().splitlines()
+            rows = [json.loads(line) for line in lines]
+        except (RecursionError, ValueError) as error:  # an EtfzooError is a ValueError, too
             raise EtfzooError(f"cannot read {self.metrics_jsonl}: {error}") from error
+        if not all(_are_numbers(row, {"epoch", "train_loss"}) for row in rows):
+            raise EtfzooError(
+                f"{self.metrics_jsonl} is damaged: it has a line that is no epoch; delete it, and "
+                "this run has no curves"
+            )
+        return rows
 
     def remove_checkpoints(self) -> None:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def is_number(value, low=-math.inf, high=math.inf) -> bool:
+    """Whether a value that was read is a number in a range; NaN is in none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _are_numbers(row, names) -> bool:
+    """Whether it is a dict that has those names and, but for switches, numbers of any size."""
+    return (
+        isinstance(row, dict)
+        and names <= row.keys()
+        and all(isinstance(value, int | float) for value in row.values())
+    )
+
+
+def _is_result(result) -> bool:
+    return (
+        _are_numbers(result, {"top1", "examples"})
+        and all(is_number(result.get(name, 0), 0, 1) for name in ("top1", "mean_per_class"))
+        and is_number(result["examples"], 1)
+    )
+
+
+def _damaged(path, how) -> EtfzooError:
+    return EtfzooError(
+        f"{path} is damaged: {how}; start the run's own command again, which makes it again"
+    )
 
 
 def folder_name(dataset: str) -> str:

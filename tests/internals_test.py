@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import signal
+import struct
 import subprocess
 import sys
 import weakref
@@ -83,14 +84,99 @@ def test_what_is_derived_is_derived_again_where_it_is_saved_again(folder, tmp_pa
     assert value_of(tf.saved_model.load(str(tmp_path / "again"))) == [2.0, 8.0]
 
 
-def test_read_saved_dict(folder):
-    found = internals.read_saved_dict(folder, "weights")
-    assert found.keys() == {"a%2Fb", "other"}
+def test_saved_dict(folder):
+    found = internals.SavedDict(folder, "weights")
+    assert found.keys() == {"a%2Fb", "other"} and len(found) == 2
+    assert found.shapes == {"a%2Fb": (2,), "other": ()}
     np.testing.assert_array_equal(found["a%2Fb"], np.array([1, 2], np.float32), strict=True)
     np.testing.assert_array_equal(found["other"], np.array(5, np.int64), strict=True)
-    assert internals.read_saved_dict(folder, "none") == {}
+    assert dict(internals.SavedDict(folder, "none")) == {}
     with pytest.raises(tf.errors.NotFoundError):
-        internals.read_saved_dict(folder / "none", "weights")
+        internals.SavedDict(folder / "none", "weights")
+
+
+def crc(content):
+    """CRC-32C, masked as in TensorFlow's tables."""
+    value = 0xFFFFFFFF
+    for byte in content:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    value ^= 0xFFFFFFFF
+    return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def number(value):
+    """A varint of a protocol buffer."""
+    digits = []
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def saved_dict(folder, entries, data, dtype=1):
+    """Variables whose index says what it is told to: sizes of arrays by key, all at one place.
+
+    Written by hand, as a table of one block: TensorFlow writes no such index.
+    """
+
+    def block(rows):
+        content = b"".join(
+            number(0) + number(len(k)) + number(len(v)) + k + v for k, v in sorted(rows.items())
+        )
+        starts, at = [], 0
+        for k, v in sorted(rows.items()):
+            starts.append(at)
+            at += len(number(0) + number(len(k)) + number(len(v)) + k + v)
+        content += struct.pack(f"<{len(starts or [0]) + 1}I", *(starts or [0]), len(starts or [0]))
+        return content, content + b"\0" + crc(content + b"\0")
+
+    rows = {b"": b"\x08\x01\x1a\x02\x08\x01"}  # one shard, of the first version
+    for name, count in entries.items():
+        dim = b"\x08" + number(count)
+        shape = b"\x12" + number(len(dim)) + dim
+        entry = b"\x08" + number(dtype) + b"\x12" + number(len(shape)) + shape
+        entry += b"\x28" + number(4 * count) + b"\x35" + crc(data[: 4 * count])
+        rows[f"weights/{name}/.ATTRIBUTES/VARIABLE_VALUE".encode()] = entry
+    table = b""
+    handles = []
+    for content in (rows, {}):
+        plain, framed = block(content)
+        handles.append(number(len(table)) + number(len(plain)))
+        table += framed
+    plain, framed = block({b"x": handles[0]})
+    handles.append(number(len(table)) + number(len(plain)))
+    table += framed + (handles[1] + handles[2]).ljust(40, b"\0")
+    (folder / "variables").mkdir(parents=True)
+    path = folder / "variables/variables.index"
+    path.write_bytes(table + struct.pack("<Q", 0xDB4775248B80FB57))
+    path.with_name("variables.data-00000-of-00001").write_bytes(data)
+    return folder
+
+
+def test_an_index_never_unfolds_its_files(tmp_path):
+    data = np.arange(500, dtype=np.float32).tobytes()
+    good = internals.SavedDict(saved_dict(tmp_path / "good", {"x": 300, "y": 200}, data), "weights")
+    np.testing.assert_array_equal(good["y"], np.arange(200, dtype=np.float32))
+    names = {f"n{i:04d}": 500 for i in range(300)}
+    for case, entries in {
+        "shared": names,
+        "large": {"x": 10**12},
+        "longer": {"x": 501},
+        "overflowing": {"x": 2**62},
+    }.items():
+        folder = saved_dict(tmp_path / case, entries, data)
+        with pytest.raises((ValueError, tf.errors.OpError)) as caught:
+            internals.SavedDict(folder, "weights")
+        assert "declares other values than the data files hold" in str(caught.value)
+    texts = saved_dict(tmp_path / "texts", {"x": 10}, data, dtype=7)
+    with pytest.raises(ValueError, match="declares other values"):
+        internals.SavedDict(texts, "weights")
+    index = tmp_path / "good/variables/variables.index"
+    os.truncate(index, internals.MAX_INDEX + 1)
+    with pytest.raises(ValueError, match="the index is larger than 4194304 bytes"):
+        internals.SavedDict(tmp_path / "good", "weights")
 
 
 def test_output_shapes_are_inferred_where_they_are_not_stored(tmp_path):

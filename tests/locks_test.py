@@ -1,5 +1,6 @@
 """Locks on folders."""
 
+import os
 import subprocess
 import sys
 
@@ -64,3 +65,18 @@ def test_children_of_a_killed_process_are_waited_for(tmp_path, capsys):
     with locks.lock(tmp_path, "a sweep", patience=60) as held:
         assert held is not None
     assert f"waiting for what process {int(dead.stdout)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_what_stands_in_the_place_of_a_lock_is_left_alone(tmp_path, kind):
+    path = tmp_path / "run" / locks.NAME
+    path.parent.mkdir()
+    (tmp_path / "file").write_text("must stay")
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / ("file" if kind == "link" else "none"))
+    with pytest.raises(EtfzooError, match="is no lock but a link, a pipe or a device: delete it"):
+        with locks.lock(tmp_path / "run", "a run"):
+            pass
+    assert (tmp_path / "file").read_text() == "must stay" and not (tmp_path / "none").exists()

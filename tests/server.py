@@ -129,6 +129,47 @@ def stall(count=0, headers=True):
     return fault
 
 
+def drip(seconds=0.02, headers=True):
+    """A byte at a time, of the headers or of the file: each comes before any timeout."""
+
+    def fault(handler, content):
+        if headers:
+            handler.start(200, len(content))
+        else:
+            content = b"HTTP/1.0 200 OK\r\nX-Name: " + bytes(10**6)
+        with contextlib.suppress(OSError):
+            for byte in content:
+                handler.wfile.write(bytes([byte or 65]))
+                if handler.server.closing.wait(seconds):
+                    break
+
+    return fault
+
+
+def chunked(sizes, body):
+    """An endless body in chunks; `sizes` is what stands in place of their sizes."""
+
+    def fault(handler, content):
+        handler.protocol_version = "HTTP/1.1"
+        handler.close_connection = True
+        handler.start(200, Transfer_Encoding="chunked")
+        with contextlib.suppress(OSError):
+            while not handler.server.closing.is_set():
+                handler.wfile.write(sizes + b"\r\n" + body)
+
+    return fault
+
+
+def reason(code, text):
+    """A status with a reason of the server's own."""
+
+    def fault(handler, content):
+        handler.send_response(code, text)
+        handler.end_headers()
+
+    return fault
+
+
 def claim(length, more=b""):
     """A Content-Length that is not that of the file; `more` bytes come behind the file."""
 

@@ -12,6 +12,7 @@ from absl import logging as absl_logging
 import etfzoo
 from etfzoo import internals
 from etfzoo.cli.flags import FLAGS, GROUPS, as_flags
+from etfzoo.errors import printable
 
 _LONGEST = 2000  # letters of an error
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -83,11 +84,11 @@ def _import_backend(name, extra):
 
 class _Formatter(logging.Formatter):
     def format(self, record):
-        return as_flags(super().format(record))
+        return as_flags(printable(super().format(record)))
 
 
 def _fail(error):
-    line = as_flags(" ".join(str(error).split()))
+    line = as_flags(printable(" ".join(str(error).split())))
     print("error: " + (line if len(line) <= _LONGEST else line[:_LONGEST] + "..."), file=sys.stderr)
     sys.exit(2)
 

@@ -38,6 +38,8 @@ def main():
 
     cells = _combinations()
     configs = [_config(cell) for cell in cells]  # all checked before the first is measured
+    if FLAGS.output:
+        files.destination(FLAGS.output)  # said before minutes of measuring
     document, failed = {}, []
     for cell, config in zip(cells, configs, strict=True):
         found = _measured(cell, config) if len(cells) == 1 else _in_a_process(cell)

@@ -25,18 +25,20 @@ def main():
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    model = etfzoo.load(FLAGS.model)
     name = os.path.basename(FLAGS.model.rstrip("/"))
     output = FLAGS.output or os.path.join("exports", name + _SUFFIXES[FLAGS.format])
     if FLAGS.format == "saved_model":
+        model = etfzoo.load(FLAGS.model)
         written = etfzoo.publish(model, output, storage=FLAGS.storage)
         print(f"written to {written}")
         return
     if FLAGS.storage != "float32":
         raise etfzoo.EtfzooError("--storage belongs to --format=saved_model")
+    files.destination(output)
     if os.path.exists(output):
         raise etfzoo.EtfzooError(f"{output} already exists; choose another --output")
     files.make_directory(os.path.dirname(os.path.abspath(output)))
+    model = etfzoo.load(FLAGS.model)
     if FLAGS.format == "keras":
         export.export_keras(model, output)
         print(f"written to {output} ({_size(output)}): keras.saving.load_model({output!r})")

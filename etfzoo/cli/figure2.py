@@ -67,7 +67,7 @@ def main():
         "grid": random_features.GRID,
         "per_feature": FLAGS.per_feature,
     }
-    results = _draws(draw, _digest(train, test, settings), output / "draws")
+    results = _draws(draw, len(activations), _digest(train, test, settings), output / "draws")
     cut = len(a2)
     polynomials = {k: type(d)(*(x[:, :cut] for x in d)) for k, d in results.items()}
     rest = {k: type(d)(*(x[:, cut:] for x in d)) for k, d in results.items()}
@@ -122,10 +122,10 @@ def _digest(train, test, settings):
     return digest.hexdigest()[:12]
 
 
-def _draws(draw, digest, folder):
+def _draws(draw, count, digest, folder):
     """Results of all draws by projection, stacked; those that are on disk are not drawn again."""
     from etfzoo import files
-    from etfzoo.experiments.random_features import Draw
+    from etfzoo.experiments import random_features
     from etfzoo.progress import Progress
 
     files.make_directory(folder)
@@ -138,13 +138,13 @@ def _draws(draw, digest, folder):
         for seed in range(FLAGS.seed, FLAGS.seed + FLAGS.draws):
             progress.update(number * FLAGS.draws + len(draws))
             path = folder / f"{kind}_{seed}_{digest}.npz"
-            if not path.exists():
+            result = random_features.read_draw(path, count)
+            if result is None:
                 result = draw(kind, seed)
                 with files.atomic(path) as file:
                     np.savez(file, **result._asdict())
-            with np.load(path) as stored:
-                draws.append(Draw(*(stored[field] for field in Draw._fields)))
-        results[kind] = Draw(*map(np.stack, zip(*draws, strict=True)))
+            draws.append(result)
+        results[kind] = random_features.Draw(*map(np.stack, zip(*draws, strict=True)))
     progress.finish()
     return results
 

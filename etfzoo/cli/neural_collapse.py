@@ -30,6 +30,9 @@ def main():
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
+    name = f"{os.path.basename(FLAGS.model.rstrip('/'))}_{folder_name(FLAGS.dataset)}"
+    output = FLAGS.output or f"runs/neural_collapse/{name}.json"
+    files.destination(output)  # said before minutes of measuring
     strategy = configs.open_strategy(FLAGS)
     check_batch_size(FLAGS.batch_size, strategy)
     with strategy.scope():
@@ -62,9 +65,6 @@ def main():
     rows = [["measure", *results]]
     rows += [[name, *(_text(result.get(name)) for result in results.values())] for name in names]
     print(html.text_table(rows))
-    dataset = folder_name(FLAGS.dataset)
-    name = f"{os.path.basename(FLAGS.model.rstrip('/'))}_{dataset}"
-    output = FLAGS.output or f"runs/neural_collapse/{name}.json"
     files.make_directory(os.path.dirname(output) or ".")
     document = {"model": FLAGS.model, "dataset": FLAGS.dataset, "ood_dataset": FLAGS.ood_dataset}
     document |= {"etfzoo": etfzoo.__version__, "splits": results}

@@ -96,11 +96,19 @@ def image_size(encoded: tf.Tensor) -> tf.Tensor:
         tf.errors.InvalidArgumentError: when it runs: none of the formats, no readable header, more
             pixels than `max_pixels()`, or a JPEG of so many passes that it takes as long.
     """
+    return tf.cast(_size_and_passes(encoded)[:2], tf.int32)
+
+
+def _size_and_passes(encoded, always=False):
+    """Height, width and passes over the pixels, int64 `[3]`, checked as `image_size` says.
+
+    Passes are 1 where they need not be counted, unless they are `always`.
+    """
     limit = max_pixels()
     height, width, scans = size = tf.unstack(
         tf.cond(
             tf.io.is_jpeg(encoded),
-            lambda: _size_of_jpeg(encoded),
+            lambda: _size_of_jpeg(encoded, always),
             lambda: tf.concat([_size_in_header(encoded), [1]], 0),
         )
     )
@@ -108,7 +116,7 @@ def image_size(encoded: tf.Tensor) -> tf.Tensor:
     bearable = (tf.minimum(height, width) > 0) & (height <= limit // tf.maximum(width, 1))
     bearable &= scans <= limit * _SCANS // tf.maximum(height * width, 1)
     message = f"are its height, width and passes: more than {limit} pixels, or none"
-    return tf.cast(_checked(tf.stack([height, width]), bearable, size, message), tf.int32)
+    return _checked(tf.stack(size), bearable, size, message)
 
 
 def check_request(images: tf.Tensor) -> tf.Tensor:
@@ -119,13 +127,15 @@ def check_request(images: tf.Tensor) -> tf.Tensor:
 
     Raises:
         tf.errors.InvalidArgumentError: when it runs: one that is neither JPEG nor PNG or that
-            `image_size` refuses, or more than `MAX_PIXELS_TOGETHER` pixels.
+            `image_size` refuses, or more than `MAX_PIXELS_TOGETHER` pixels; those of a JPEG of many
+            passes count as often as it takes longer.
     """
 
     def pixels(encoded):
         known = tf.io.is_jpeg(encoded) | (tf.strings.substr(encoded, 0, 4) == b"\x89PNG")
         encoded = _checked(encoded, known, "neither a JPEG nor a PNG image")
-        return tf.reduce_prod(tf.cast(image_size(encoded), tf.int64))
+        height, width, scans = tf.unstack(_size_and_passes(encoded, always=True))
+        return height * width * tf.maximum(scans, _SCANS) // _SCANS
 
     total = tf.reduce_sum(tf.map_fn(pixels, images, fn_output_signature=tf.int64))
     limit = max(MAX_PIXELS_TOGETHER, max_pixels())
@@ -164,8 +174,8 @@ class _Header:
         return tf.where(value < 2**31, value, value - 2**32)
 
 
-def _size_of_jpeg(encoded):
-    """Height, width and passes over the pixels, int64 `[3]`."""
+def _size_of_jpeg(encoded, always):
+    """Height, width and passes over the pixels, int64 `[3]`; see `_size_and_passes`."""
     size = tf.cast(tf.image.extract_jpeg_shape(encoded)[:2], tf.int64)
     most = max_pixels() * _SCANS // tf.maximum(tf.reduce_prod(size), 1)
 
@@ -178,7 +188,8 @@ def _size_of_jpeg(encoded):
     # A pass takes more than ten bytes. A file too short for four times as many as are let through
     # may have them: to count the passes of all photographs would take longer.
     length = tf.cast(tf.strings.length(encoded), tf.int64)
-    scans = tf.cond(length > 40 * most, count, lambda: tf.constant(1, tf.int64))
+    worth = always | (length > 40 * most)
+    scans = tf.cond(worth, count, lambda: tf.constant(1, tf.int64))
     return tf.concat([size, [scans]], 0)
 
 

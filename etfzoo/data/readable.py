@@ -89,7 +89,10 @@ class ReadableSource(Source):
 
 def _read(path):
     lost = files.read_json(path)
-    if not isinstance(lost, dict) or not all(isinstance(names, list) for names in lost.values()):
+    if not isinstance(lost, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for names in lost.values()
+    ):
         raise EtfzooError(f"{path} is no list of images by split: delete it, and it is made again")
     return lost
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from etfzoo import files
+from etfzoo.errors import printable
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -114,8 +115,9 @@ def write(path, title: str, sections) -> None:
 
 def text_table(rows) -> str:
     """Rows of strings as aligned columns; the first row is the header."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(str(c).ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+    rows = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 

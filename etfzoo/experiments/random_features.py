@@ -5,15 +5,20 @@ them; the features are sigma(W x / sqrt(p)) / sqrt(n) with W `[n, p]`, so that W
 variance tau = mean |x|^2 / p, near 1.
 """
 
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy import linalg, optimize
 from threadpoolctl import threadpool_limits
 
+from etfzoo import arrays
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.layers import frames
+
+log = logging.getLogger("etfzoo")
 
 PROJECTIONS = ("gaussian", "haar", "etf")
 # Regularisations among which one is looked for.
@@ -211,6 +216,29 @@ class Draw(NamedTuple):
     mse_validated: np.ndarray
     accuracy_validated: np.ndarray
     validated: np.ndarray  # the regularisation that was picked
+
+
+def read_draw(path, count: int) -> Draw | None:
+    """A draw that was kept with np.savez; None, with a warning, where the file is damaged.
+
+    Args:
+        path: of the file, there or not.
+        count: number of activations.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        draw = Draw(**arrays.read_npz(path, Draw._fields))
+        for name, values in draw._asdict().items():
+            most = 1 if name.startswith("accuracy") else np.inf
+            if values.shape != (count,) or values.dtype.kind != "f":
+                raise EtfzooError(f"its {name} are not {count} numbers")
+            if not (np.isfinite(values) & (values >= 0) & (values <= most)).all():
+                raise EtfzooError(f"its {name} cannot be")
+    except EtfzooError as error:
+        log.warning("%s is damaged: drawn again (%s)", path, error)
+        return None
+    return draw
 
 
 def regress(

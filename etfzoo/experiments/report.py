@@ -210,7 +210,8 @@ def _curves(root, plan, found):
             runs = {}
             for row in select(found, backbone=backbone, dataset=dataset, mode=mode):
                 history = Workdir(root / row["workdir"]).history()
-                runs.setdefault(row["method"], []).append(history)
+                if history:
+                    runs.setdefault(row["method"], []).append(history)
             if runs:
                 name = textwrap.fill(label(found, dataset), 42)  # as wide as the picture
                 figure = plots.training_curves(f"{name}\n{MODES[mode]}", runs)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from etfzoo import files, internals, locks
 from etfzoo.data.sources import resolve
+from etfzoo.errors import EtfzooError
 from etfzoo.experiments import sweep
 from etfzoo.runtime.interruption import EXIT_STOPPED, Stopped, StopRequest
 from etfzoo.version import __version__
@@ -118,7 +119,7 @@ class _Runner:
         cell.ready_job().save(job)
         command = [sys.executable, "-m", "etfzoo.training", f"--config={job}"]
         images = sweep.remaining_images(cell)
-        with open(log, "ab") as output:
+        with self._opened(log) as output:
             offset = output.tell()
             output.write((shlex.join(command) + "\n").encode())
             output.flush()
@@ -137,6 +138,12 @@ class _Runner:
             )
         return _Running(cell, slot, process, log, offset, time.monotonic(), images)
 
+    def _opened(self, log):
+        try:
+            return files.open_regular(log, "ab")
+        except OSError as error:
+            raise EtfzooError(f"cannot write {log}: {error.strerror or error}") from error
+
     def _collect(self):
         for run in list(self.running):
             code = run.process.poll()
@@ -144,7 +151,7 @@ class _Runner:
                 continue
             self.running.remove(run)
             seconds = time.monotonic() - run.start
-            result = Workdir(run.cell.workdir).read_result() if code == 0 else None
+            result = Workdir(run.cell.workdir).usable_result() if code == 0 else None
             if result is not None:
                 before = self.walls.get(sweep.kind(run.cell), (0.0, 0.0))
                 self.walls[sweep.kind(run.cell)] = (before[0] + run.images, before[1] + seconds)

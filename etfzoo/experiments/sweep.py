@@ -7,6 +7,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from pathlib import Path
@@ -20,6 +21,8 @@ from etfzoo.training import protocols, search
 from etfzoo.training.config import TrainConfig
 from etfzoo.training.job import MODES, Job
 from etfzoo.workdir import Workdir, folder_name
+
+log = logging.getLogger("etfzoo")
 
 TARGETS = (
     "cifar100", "cifar10", "stl10", "svhn_cropped", "oxford_iiit_pet", "oxford_flowers102", "dtd",
@@ -253,14 +256,19 @@ def state(cell: Cell) -> str:
     workdir = Workdir(cell.workdir)
     if not workdir.config.exists():
         return RESUMABLE if workdir.begun else TO_DO
-    there, here, finished = TrainConfig.load(workdir.config), cell.config, workdir.finished
+    there, here = TrainConfig.load(workdir.config), cell.config
+    finished = workdir.usable_result() is not None
     if len(cell.rates) > 1 or (cell.rate_of is not None and picked_rate(cell.rate_of) is None):
         here = dataclasses.replace(here, learning_rate=there.learning_rate)
     if finished and there.init and Path(there.init).parts[-2:] == Path(here.init).parts[-2:]:
         here = dataclasses.replace(here, init=there.init)  # the sweep may have been moved
     differences = there.differences(here)
     if len(cell.rates) > 1:
-        differences += _other_search(cell)
+        try:
+            differences += _other_search(cell)
+        except EtfzooError as error:  # the search goes through its candidates again
+            log.warning("%s", error)
+            finished = False
     if differences:
         raise EtfzooError(
             f"{cell.workdir} holds a run with other settings ({'; '.join(differences[:4])}); "
@@ -328,7 +336,10 @@ def _work(cell: Cell) -> list[tuple[Path, float, float]]:
 def _done(workdir, config) -> float:
     """Share of a training that is done: whole epochs."""
     workdir = Workdir(workdir)
-    return 1.0 if workdir.finished else len(workdir.history()) / config.epochs
+    try:
+        return 1.0 if workdir.finished else len(workdir.history()) / config.epochs
+    except EtfzooError:  # of a log: the run writes it again
+        return 0.0
 
 
 def remaining_images(cell: Cell) -> float:

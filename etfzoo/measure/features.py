@@ -11,9 +11,9 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from etfzoo import files
+from etfzoo import arrays, files
 from etfzoo.data.pipeline import Pipeline, evaluation_pipeline
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, first_line
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 from etfzoo.models import weights
 from etfzoo.models.classifier import is_head_variable
@@ -81,7 +81,8 @@ class Extractor:
             pipeline: where the images come from.
             split: split or role.
             cache: directory; None reads nothing and keeps them in a temporary file. Several workers
-                use none.
+                use none. What it holds is compared with the hash that it was written with, and is
+                made again where it differs.
 
         Raises:
             EtfzooError: an image cannot be decoded, or the cache cannot be written.
@@ -90,14 +91,15 @@ class Extractor:
             return in_temporary_file(self.batches(pipeline, split))
         key = content_hash(self.model, pipeline, split)
         cache = files.make_directory(cache)
-        path, labels_path = cache / f"{key}.float32", cache / f"{key}.labels.npy"
+        path, labels_path = cache / f"{key}.float32", cache / f"{key}.labels.npz"
         found = _read(path, labels_path)
         if found is None:
             with files.atomic(path) as file:
                 labels = _write(file, self.batches(pipeline, split))
             # The labels come last: where they are, the features are whole.
+            digest = _digest(path, labels)
             with files.atomic(labels_path) as file:
-                np.save(file, labels)
+                np.savez(file, labels=labels, digest=digest)
             found = _read(path, labels_path)
         return found
 
@@ -288,11 +290,26 @@ def _write(file, batches) -> np.ndarray:
 
 
 def _read(path: Path, labels_path: Path) -> Features | None:
-    try:
-        labels = np.load(labels_path, allow_pickle=False)
-        return Features(_map(path, len(labels)), labels)
-    except (OSError, ValueError, EOFError):  # not there, or damaged
+    """The features that are there; None where they are not, or not as they were written."""
+    if not (path.exists() and labels_path.exists()):
         return None
+    try:
+        labels, digest = arrays.read_npz(labels_path, ["labels", "digest"]).values()
+        if not np.array_equal(digest, _digest(path, labels)):
+            raise EtfzooError("the features or labels are not those that were written")
+        with files.open_regular(path) as file:
+            return Features(_map(file, len(labels)), labels)
+    except (EtfzooError, OSError, ValueError, ZeroDivisionError) as error:
+        log.warning("%s is damaged: made again (%s)", path, first_line(error))
+        return None
+
+
+def _digest(path: Path, labels) -> np.ndarray:
+    """Hash of features and labels, bytes `[32]`."""
+    with files.open_regular(path) as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(f"{labels.dtype} {labels.shape}".encode() + labels.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _map(file, rows) -> np.ndarray:

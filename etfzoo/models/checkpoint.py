@@ -8,13 +8,14 @@ import dataclasses
 import json
 import logging
 import os
-import zipfile
+import re
 from pathlib import Path
 
 import numpy as np
 
+from etfzoo import arrays as stored
 from etfzoo import files
-from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.errors import EtfzooError, TrainingDiverged, first_line
 from etfzoo.models import weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
 from etfzoo.workdir import Workdir
@@ -41,8 +42,9 @@ class CheckpointManager:
         self.trained = trained
 
     def paths(self) -> list[Path]:
-        """Checkpoints by step, latest first."""
-        return sorted(self.directory.glob("step-*.npz"), reverse=True)
+        """Checkpoints by step, latest first; no file that only looks like one."""
+        found = {step_of(path): path for path in self.directory.glob("step-*.npz")}
+        return [found[step] for step in sorted(found.keys() - {None}, reverse=True)]
 
     @property
     def best(self) -> Path:
@@ -100,7 +102,9 @@ class CheckpointManager:
             return
         os.replace(temporary, self.best)
 
-    def restore(self, model, optimizer, tidy: bool = True) -> dict | None:
+    def restore(
+        self, model, optimizer, tidy: bool = True, check=lambda path, state: None
+    ) -> dict | None:
         """Restores the latest readable checkpoint.
 
         A damaged file is skipped with a warning and the one before it is taken.
@@ -108,6 +112,7 @@ class CheckpointManager:
         Args:
             model, optimizer: what takes the weights and slots.
             tidy: whether what an interrupted save left behind is removed.
+            check: called with path and state; an EtfzooError that it raises counts as damage.
 
         Returns:
             the state of the loop, or None where there is no checkpoint.
@@ -119,7 +124,7 @@ class CheckpointManager:
             return None
         if tidy:
             files.remove_temporaries(self.directory)
-        found = latest(self.paths())
+        found = latest(self.paths(), check=check)
         if found is None:
             return None
         _, arrays, state = found
@@ -131,8 +136,20 @@ class CheckpointManager:
         return state
 
 
-def latest(paths, only_state: bool = False) -> tuple[Path, dict, dict] | None:
+def step_of(path) -> int | None:
+    """The step that the name of a checkpoint tells; None where it is no such name."""
+    match = re.fullmatch(r"step-(\d{10,18})\.npz", Path(path).name)
+    return int(match[1]) if match else None
+
+
+def latest(
+    paths, only_state: bool = False, check=lambda path, state: None
+) -> tuple[Path, dict, dict] | None:
     """The first readable checkpoint of some paths: its path, arrays and state; see `read`.
+
+    Args:
+        paths, only_state: see `read`.
+        check: see `CheckpointManager.restore`.
 
     Raises:
         EtfzooError: there are paths, and none can be read.
@@ -141,6 +158,7 @@ def latest(paths, only_state: bool = False) -> tuple[Path, dict, dict] | None:
     for path in paths:
         try:
             arrays, state = read(path, only_state)
+            check(path, state)
         except EtfzooError as error:
             log.warning("%s; trying the checkpoint before it", error)
             damaged.append(path)
@@ -167,12 +185,13 @@ def read(path, only_state: bool = False) -> tuple[dict[str, np.ndarray], dict]:
     Raises:
         EtfzooError: missing, truncated, damaged or of a later format.
     """
+    arrays = stored.read_npz(path, [_STATE] if only_state else None)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ([_STATE] if only_state else archive.files)}
         state = json.loads(arrays.pop(_STATE).tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise EtfzooError(f"checkpoint {path} is damaged ({error})") from error
+        if not isinstance(state, dict) or not isinstance(state.get("spec"), dict):
+            raise ValueError("it has no spec")
+    except (KeyError, RecursionError, ValueError) as error:
+        raise EtfzooError(f"checkpoint {path} is damaged: {first_line(error)}") from error
     if state.get("format") != _FORMAT:
         raise EtfzooError(
             f"checkpoint {path} has format {state.get('format')}, this etfzoo reads {_FORMAT}"
@@ -190,8 +209,8 @@ def load_model(workdir, best: bool = False) -> ImageClassifier:
     found = latest([manager.best] if best else manager.paths())
     if found is None:
         raise EtfzooError(f"no checkpoint in {workdir}; train into it first")
-    _, arrays, state = found
-    model = ImageClassifier(ClassifierSpec.from_dict(state["spec"]))
+    _, arrays, _ = found
+    model = ImageClassifier(_spec(found))
     weights.assign(model.variables, _part(arrays, _MODEL), "the checkpoint's weights")
     return model
 
@@ -205,7 +224,15 @@ def read_spec(workdir) -> ClassifierSpec:
     found = latest(CheckpointManager(workdir).paths(), only_state=True)
     if found is None:
         raise EtfzooError(f"no checkpoint in {workdir}; train into it first")
-    return ClassifierSpec.from_dict(found[2]["spec"])
+    return _spec(found)
+
+
+def _spec(found) -> ClassifierSpec:
+    path, _, state = found
+    try:
+        return ClassifierSpec.from_dict(state["spec"])
+    except (TypeError, ValueError) as error:
+        raise EtfzooError(f"checkpoint {path} has no usable spec: {first_line(error)}") from error
 
 
 def _part(arrays, prefix):

@@ -31,21 +31,27 @@ def assign(variables, arrays, what: str = "weights", skip=lambda path: False) ->
         EtfzooError: naming the variables that are missing, left over or of another shape.
     """
     targets = {v.path: v for v in variables if not skip(v.path)}
-    sources = {path: a for path, a in arrays.items() if not skip(path)}
-    problems = []
-    for title, paths in (
-        ("missing", targets.keys() - sources.keys()),
-        ("not in the model", sources.keys() - targets.keys()),
-    ):
-        if paths:
-            problems.append(f"{title}: {_some(paths)}")
+    given = {path for path in arrays if not skip(path)}
+    problems = [
+        f"{title}: {_some(paths)}"
+        for title, paths in (
+            ("missing", targets.keys() - given),
+            ("not in the model", given - targets.keys()),
+        )
+        if paths
+    ]
+    # An array may be read only when it is asked for: no others are.
+    sources = {path: arrays[path] for path in sorted(targets.keys() & given) if not problems}
     wrong = [
         f"{path} {tuple(sources[path].shape)} for {tuple(targets[path].shape)}"
-        for path in targets.keys() & sources.keys()
+        for path in sources
         if tuple(sources[path].shape) != tuple(targets[path].shape)
     ]
     if wrong:
         problems.append(f"of another shape: {_some(wrong)}")
+    values = [path for path in sources if sources[path].dtype.kind in "OSUV"]
+    if values:
+        problems.append(f"no numbers: {_some(values)}")
     if problems:
         raise EtfzooError(f"{what} do not fit the model: {'; '.join(problems)}")
     for path, variable in targets.items():

@@ -1,6 +1,7 @@
 """What a training ran on and how long, for the model card."""
 
 import json
+import logging
 import os
 import platform
 import re
@@ -12,8 +13,11 @@ from pathlib import Path
 import tensorflow as tf
 
 from etfzoo import files
+from etfzoo.errors import EtfzooError
 from etfzoo.runtime.strategy import get_strategy, num_workers
-from etfzoo.workdir import Workdir
+from etfzoo.workdir import Workdir, is_number
+
+log = logging.getLogger("etfzoo")
 
 # Where a run reads and writes is nobody's business but its owner's.
 _PRIVATE = ("workdir", "data_dir")
@@ -37,20 +41,48 @@ def describe(strategy=None) -> str:
 
 
 def read(workdir) -> dict:
-    """What `write` recorded: `hardware`, `seconds`, `command`; empty where nothing was."""
+    """What `write` recorded: `hardware`, `seconds`, `command`; without what was damaged since."""
     path = Workdir(workdir).machine
-    return files.read_json(path) if path.exists() else {}
+    if not os.path.lexists(path):
+        return {}
+    try:
+        document = files.read_json(path)
+    except EtfzooError as error:
+        log.warning("%s", error)
+        return {}
+    good = {
+        "hardware": lambda value: isinstance(value, str) and value.isprintable(),
+        "seconds": lambda value: is_number(value, 0, 1e12),
+        "command": _is_command,
+    }
+    found = document if isinstance(document, dict) else {}
+    kept = {name: found[name] for name, is_good in good.items() if is_good(found.get(name))}
+    if kept.keys() != good.keys() & found.keys() or kept == {}:
+        log.warning("%s is damaged: the run's hardware or time is not known any more", path)
+    return kept
 
 
 def write(workdir, seconds: float, strategy=None) -> None:
     """Records the hardware of a run, the seconds that it took so far, and its command.
 
-    The command is that of the process that began it, without the places on this machine.
+    The command is that of the process that began it, without the places on this machine. Where the
+    file cannot be written there is a warning: no run needs it.
     """
     first = read(workdir).get("command")
     document = {"hardware": describe(strategy), "seconds": round(seconds, 1)}
     document["command"] = first or _command(sys.argv)
-    files.write_text(Workdir(workdir).machine, json.dumps(document, indent=2) + "\n")
+    path = Workdir(workdir).machine
+    try:
+        files.write_text(path, json.dumps(document, indent=2) + "\n")
+    except EtfzooError as error:
+        log.warning("the run goes on without %s: %s", path, error)
+
+
+def _is_command(value):
+    try:
+        return isinstance(value, str) and value.isprintable() and bool(shlex.split(value))
+    except ValueError:  # a quotation that does not end
+        return False
 
 
 def _command(argv):

@@ -362,7 +362,10 @@ class TrainConfig:
             raise EtfzooError(
                 f"{source} is no training configuration (unknown: {shown(', '.join(extra))})"
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except EtfzooError as error:
+            raise EtfzooError(f"{source}: {error}") from error
 
     @property
     def peak_rate(self) -> float:

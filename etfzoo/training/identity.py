@@ -73,7 +73,13 @@ def claim(config: TrainConfig, workdir, data: dict) -> dict:
     """
     workdir = Workdir(workdir)
     if workdir.data.exists():
-        changed = _changes(files.read_json(workdir.data), json.loads(json.dumps(data)))
+        before = files.read_json(workdir.data)
+        if not isinstance(before, dict):
+            raise EtfzooError(
+                f"{workdir.data} is damaged: it does not tell what the data was; delete it if the "
+                "data is still the same"
+            )
+        changed = _changes(before, json.loads(json.dumps(data)))
         if changed:
             raise EtfzooError(
                 f"the data set {config.dataset} has changed since the run in {workdir} began "
@@ -102,8 +108,8 @@ def check_claim(identity: dict, workdir) -> None:
     """Raises EtfzooError where a workdir is not that of a run any more."""
     path = Workdir(workdir).config
     try:
-        found = files.read_json(path).get(_RUN)
-    except EtfzooError:
+        found = files.read_json(path)[_RUN]
+    except (EtfzooError, KeyError, TypeError):
         found = None
     if found != identity[_RUN]:
         raise EtfzooError(

@@ -14,8 +14,9 @@ import tensorflow as tf
 
 from etfzoo import files, internals
 from etfzoo.data.sources import resolve
-from etfzoo.errors import EtfzooError, TrainingDiverged
+from etfzoo.errors import EtfzooError, TrainingDiverged, first_line
 from etfzoo.measure import accuracy, features, neural_collapse
+from etfzoo.models import checkpoint
 from etfzoo.models.checkpoint import CheckpointManager
 from etfzoo.progress import Progress
 from etfzoo.runtime import backend, hardware
@@ -39,9 +40,11 @@ from etfzoo.training.build import (
     start_model,
 )
 from etfzoo.training.config import TrainConfig
-from etfzoo.workdir import Workdir
+from etfzoo.workdir import Workdir, is_number
 
 log = logging.getLogger("etfzoo")
+
+_MOST = 1e30  # of the sums of an epoch
 
 
 def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
@@ -81,7 +84,7 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
     workdir = Workdir(workdir)
     with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
         identity.check(config, workdir)
-        finished = workdir.read_result()
+        finished = workdir.usable_result()
         with exit_if_worker_lost(strategy):
             seen = config.results_in() | {"a finished run": finished is not None}
             check_agreement(strategy, seen)
@@ -127,7 +130,9 @@ class Trainer:
 
     def train(self) -> dict:
         self.start, self.seconds = time.monotonic(), 0.0
-        restored = self.checkpoints.restore(self.model, self.optimizer, tidy=self.chief)
+        restored = self.checkpoints.restore(
+            self.model, self.optimizer, tidy=self.chief, check=self._check_state
+        )
         if restored is not None:
             if self.chief:
                 identity.check_state(self.run, restored, self.workdir)
@@ -142,10 +147,11 @@ class Trainer:
                 self._write_logs()
         start = {name: self.state[name] for name in ("epoch", "step", "totals")}
         check_agreement(self.strategy, start | {"steps an epoch": self.steps})
-        writer = tf.summary.create_noop_writer()
+        self.writer = tf.summary.create_noop_writer()
         if self.chief:
-            writer = tf.summary.create_file_writer(str(self.workdir.tensorboard))
-        with StopRequest() as stop, writer.as_default():
+            with _only_a_log(self.workdir.tensorboard):
+                self.writer = tf.summary.create_file_writer(str(self.workdir.tensorboard))
+        with StopRequest() as stop:
             try:
                 while self.state["epoch"] < self.config.epochs:
                     self._epoch(stop)
@@ -157,6 +163,21 @@ class Trainer:
         # Whoever leaves first ends the others.
         wait_for_all(self.strategy)
         return result
+
+    def _check_state(self, path, state):
+        """Raises EtfzooError where a checkpoint's state cannot be one of this run."""
+        epoch, step, totals, history = (state.get(n) for n in list(self.state)[:4])
+        whole = all(type(n) is int for n in (epoch, step)) and is_number(state.get("best"), -1, 1)
+        fits = whole and 0 <= epoch <= self.config.epochs and 0 <= step <= self.steps
+        fits = fits and checkpoint.step_of(path) == epoch * self.steps + step
+        fits = fits and isinstance(totals, list) and len(totals) == 3
+        fits = fits and all(is_number(total, 0, _MOST) for total in totals)
+        fits = fits and isinstance(history, list) and len(history) == epoch
+        for number, row in enumerate(history if fits else (), 1):
+            fits = fits and isinstance(row, dict) and row.get("epoch") == number
+            fits = fits and all(isinstance(value, int | float) for value in row.values())
+        if not fits or (epoch == self.config.epochs and "top1" not in history[-1]):
+            raise EtfzooError(f"checkpoint {path} is damaged: its state is none of this run")
 
     def _epoch(self, stop):
         epoch, split = self.state["epoch"], self.config.train_split
@@ -293,21 +314,24 @@ class Trainer:
         if not self.chief:
             return
         self._write_logs()
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                tf.summary.scalar(name, value, step=row["epoch"])
-        tf.summary.flush()
+        with _only_a_log(self.workdir.tensorboard), self.writer.as_default():
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    tf.summary.scalar(name, value, step=row["epoch"])
 
     def _write_logs(self):
         """Log files are rewritten from the history, so that a resumed run repeats no row."""
         rows = self.state["history"]
-        files.write_text(self.workdir.metrics_jsonl, "".join(json.dumps(r) + "\n" for r in rows))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        with _only_a_log(self.workdir.metrics_jsonl):
+            files.write_text(self.workdir.metrics_jsonl, lines)
         table = io.StringIO()
         columns = dict.fromkeys(name for r in rows for name in r)
         writer = csv.DictWriter(table, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
-        files.write_text(self.workdir.metrics_csv, table.getvalue())
+        with _only_a_log(self.workdir.metrics_csv):
+            files.write_text(self.workdir.metrics_csv, table.getvalue())
 
     def _diverged(self, error):
         kept = self.checkpoints.paths()
@@ -317,6 +341,15 @@ class Trainer:
             f"{self.state['step']}: {error}; {where}; lower `learning_rate` (now "
             f"{self.config.learning_rate:g}) or add `warmup_epochs`"
         )
+
+
+@contextlib.contextmanager
+def _only_a_log(path):
+    """Lets a run go on where a file cannot be written that it does not need."""
+    try:
+        yield
+    except (EtfzooError, OSError, tf.errors.OpError) as error:
+        log.warning("the run goes on without %s: %s", path, first_line(error))
 
 
 def _averages(totals) -> dict[str, float]:

@@ -172,7 +172,7 @@ class _Frozen:
         if config.strategy not in ("auto", "one_device"):
             raise EtfzooError(f"{what} runs on one device: leave out `strategy`")
         identity.check(config, workdir)
-        finished = Workdir(workdir).read_result()
+        finished = Workdir(workdir).usable_result()
         if finished is not None:
             if mark not in finished:
                 raise EtfzooError(f"{workdir} holds a run that is not {what}; choose another")

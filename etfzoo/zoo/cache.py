@@ -14,7 +14,9 @@ nothing was damaged on the way; see `etfzoo.zoo.manifest`.
 
 A version appears in the cache whole or not at all and never changes, so that an address in the
 cache is not asked again. `ETFZOO_OFFLINE=1` means no network at all. Nothing from a download is
-executed or unpickled, and nothing is written outside of the folder of its download.
+executed or unpickled, and nothing is written outside of the folder of its download. The cache may
+be one that others write to, too: no link in it is followed, so that nothing out of it is read,
+written or deleted; only `ETFZOO_HOME` itself may be a link.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ import errno
 import hashlib
 import os
 import re
-import shutil
+import stat
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,7 +34,7 @@ import filelock
 from etfzoo import files
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress, notify
-from etfzoo.zoo import download, manifest
+from etfzoo.zoo import beneath, download, manifest, transport
 
 _METADATA = "assets.extra/etfzoo.json"
 
@@ -43,7 +45,17 @@ class _NotOurs(EtfzooError):
 
 def home() -> Path:
     """The folder of the cache."""
-    return Path(os.environ.get("ETFZOO_HOME") or "~/.cache/etfzoo").expanduser()
+    return files.expand(os.environ.get("ETFZOO_HOME") or "~/.cache/etfzoo")
+
+
+def check_not_linked(folder) -> None:
+    """Raises EtfzooError where a link leads to a folder of the cache."""
+    path = home()
+    for name in Path(folder).relative_to(path).parts:
+        path = path / name
+        with contextlib.suppress(OSError):  # what is not there, or cannot be entered
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise beneath.linked(path)
 
 
 def is_offline() -> bool:
@@ -136,8 +148,8 @@ def parse_handle(handle: str) -> tuple[str, str | None]:
         parts.port  # noqa: B018 - raises where it is no number
     except ValueError as e:
         raise EtfzooError(f"{handle[:200]!r} is no address: {e}") from e
-    if parts.scheme not in download.SCHEMES:
-        known = ", ".join(f"{s}://" for s in download.SCHEMES)
+    if parts.scheme not in transport.SCHEMES:
+        known = ", ".join(f"{s}://" for s in transport.SCHEMES)
         raise EtfzooError(f"{handle[:200]}: addresses that can be loaded begin with {known}")
     if fragment and not pin:
         raise EtfzooError(f"{handle[:200]}: only #sha256= and 64 hex digits may follow #")
@@ -160,6 +172,7 @@ def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
         check: raises EtfzooError where the folder is damaged.
         try_out: raises EtfzooError where a download is to be refused.
     """
+    check_not_linked(target)
     fault = _fault(target, check)
     if fault is None:
         return target
@@ -179,12 +192,12 @@ def _fetch(target, what, urls, listing_at, check, try_out) -> Path:
         notify("%s: downloading it again", fault)
     with _locked(target) as temporary:
         if _fault(target, check) is None:  # another process was faster
-            shutil.rmtree(temporary / "files", ignore_errors=True)
+            beneath.remove("files", temporary)
             return target
         error = None
         for url in urls:
             try:
-                _download(temporary / "files", what, url, listing_at(url), try_out)
+                _download(temporary, _place_of(target), what, url, listing_at(url), try_out)
                 _place(temporary, target)
                 return target
             except (download.NetworkError, download.WrongContent) as e:
@@ -207,26 +220,37 @@ def _fault(target, check) -> str | None:
     return None
 
 
-def _download(folder, what, url, listing, try_out):
-    """Brings all listed files into `folder`, and nothing else."""
+def _download(temporary, place, what, url, listing, try_out):
+    """Brings all listed files, and nothing else, into `files` of a folder.
+
+    Args:
+        temporary, place: descriptor and path of the folder.
+        what, url, listing, try_out: as in `_fetch`.
+    """
+    folder = place / "files"
+    check_not_linked(folder)
     try:
-        _tidy(folder, listing)
-        total = sum(entry.size for entry in listing.values())
-        have = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        download.check_free_space(folder, total - have)
-        notify("downloading %s (%.1f MB) from %s", what, total / 1e6, url)
-        progress = Progress(what, -(-total // 10**6), quiet=not sys.stdout.isatty(), unit="MB")
-        done = 0
-        for name, entry in sorted(listing.items()):
-            path = folder / name
-            files.make_directory(path.parent)
+        with beneath.folder(temporary, "files", make=True) as opened:
+            have = beneath.tidy(opened, listing)
+            total = sum(entry.size for entry in listing.values())
+            download.check_free_space(place, total - have)
+            notify("downloading %s (%.1f MB) from %s", what, total / 1e6, url)
+            progress = Progress(what, -(-total // 10**6), quiet=not sys.stdout.isatty(), unit="MB")
+            done = 0
+            for name, entry in sorted(listing.items()):
+                *parents, last = name.split("/")
 
-            def show(count, done=done):
-                progress.update((done + count) // 10**6)
+                def show(count, done=done):
+                    progress.update((done + count) // 10**6)
 
-            download.fetch_file(download.join(url, name), path, entry.size, entry.sha256, show)
-            done += entry.size
-        progress.finish()
+                with (
+                    beneath.folder(opened, *parents, make=True) as parent,
+                    beneath.open_file(last, parent) as file,
+                ):
+                    address = download.join(url, name)
+                    download.fetch_file(address, file, entry.size, entry.sha256, show)
+                done += entry.size
+            progress.finish()
         own = manifest.read(folder)
         if own != {name: e for name, e in listing.items() if name != manifest.NAME}:
             raise download.WrongContent(f"{url}: its files.json and the index differ: refused")
@@ -237,35 +261,29 @@ def _download(folder, what, url, listing, try_out):
     except download.NetworkError:
         raise  # what has come is kept, to be resumed
     except EtfzooError:
-        shutil.rmtree(folder, ignore_errors=True)
+        beneath.remove("files", temporary)
         raise
     except OSError as e:
-        shutil.rmtree(folder, ignore_errors=True)
+        beneath.remove("files", temporary)
         raise EtfzooError(f"cannot write {folder}: {e.strerror or e}") from e
-
-
-def _tidy(folder, listing):
-    """Removes what an earlier attempt left there and the listing does not have."""
-    files.make_directory(folder)
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_symlink() or not path.is_dir():
-            if path.is_symlink() or path.relative_to(folder).as_posix() not in listing:
-                path.unlink()
-        elif not any(path.iterdir()):
-            path.rmdir()
 
 
 def _place(temporary, target):
     """Moves the files to their place; a damaged copy there makes room."""
     try:
-        old = temporary / "old"
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(temporary / "files", target)
-        shutil.rmtree(old, ignore_errors=True)
+        beneath.remove("old", temporary)
+        with beneath.folder(home(), target.parent.name) as parent:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(target.name, "old", src_dir_fd=parent, dst_dir_fd=temporary)
+            os.rename("files", target.name, src_dir_fd=temporary, dst_dir_fd=parent)
+        beneath.remove("old", temporary)
     except OSError as e:
         raise EtfzooError(f"cannot write {target}: {e.strerror or e}") from e
+
+
+def _place_of(target):
+    """The folder in which `target` is downloaded."""
+    return target.parent / f".download-{target.name}"
 
 
 def _is_download(target, listing):
@@ -279,29 +297,38 @@ def _is_download(target, listing):
 
 @contextlib.contextmanager
 def _locked(target):
-    """The folder in which `target` is downloaded, for this process alone.
+    """Yields the descriptor of the folder in which `target` is downloaded by this process alone.
 
     Another process that wants it waits; one that was killed holds nothing. At the end the folder
     goes, unless files are left in it. The file of the lock is elsewhere and stays: who removes one
     lets another process in beside the one that waits for it.
     """
-    path = files.make_directory(home() / ".locks") / f"{target.parent.name}@{target.name}"
+    files.make_directory(home())
+    path = home() / ".locks" / f"{target.parent.name}@{target.name}"
     lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            notify("another process downloads into %s: waiting for it", target.parent)
-            lock.acquire()
+        with beneath.folder(home(), ".locks", make=True):  # else it is a link
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                notify("another process downloads into %s: waiting for it", target.parent)
+                lock.acquire()
     except OSError as e:
         # A file system without locks, as on some clusters: one process at a time works there too.
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             raise EtfzooError(f"cannot write {path}: {e.strerror or e}") from e
-    folder = target.parent / f".download-{target.name}"
+    folder = _place_of(target)
     try:
-        yield files.make_directory(folder)
+        with contextlib.ExitStack() as stack:
+            place = beneath.folder(home(), target.parent.name, folder.name, make=True)
+            try:
+                opened = stack.enter_context(place)
+            except OSError as e:
+                raise EtfzooError(f"cannot write {folder}: {e.strerror or e}") from e
+            yield opened
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-            folder.parent.rmdir()
+        with contextlib.suppress(OSError, EtfzooError):
+            with beneath.folder(home(), target.parent.name) as parent:
+                os.rmdir(folder.name, dir_fd=parent)
+            target.parent.rmdir()
         lock.release()

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from etfzoo import files
+from etfzoo.errors import printable
+
 NAME = "README.md"
 UNKNOWN = "unknown"
 
@@ -82,7 +85,9 @@ def text(name: str, version: int, metadata: dict) -> str:
 def read(folder) -> str | None:
     """The card of a version folder, None where it has none."""
     path = Path(folder) / NAME
-    return path.read_text("utf-8", errors="replace") if path.is_file() else None
+    if not path.is_file():
+        return None
+    return printable(files.read_bytes(path, files.MAX_DOCUMENT).decode("utf-8", errors="replace"))
 
 
 def _accuracy(metrics):

@@ -92,7 +92,7 @@ def export_keras(model: ImageClassifier, path) -> None:
     Raises:
         EtfzooError: another suffix, or the file cannot be written.
     """
-    path = Path(path)
+    path = files.destination(path)
     if path.suffix != ".keras":
         raise EtfzooError(f"Keras reads files whose name ends in .keras; got {path}")
     stock = backbones.stock(model)

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models.table import BACKBONES, METHODS
-from etfzoo.zoo import download, manifest
+from etfzoo.zoo import manifest, transport
 
 FORMAT = 2
 
@@ -83,7 +83,7 @@ def read() -> Index:
     path = os.environ.get("ETFZOO_INDEX")
     if not path:
         return index
-    own = load(Path(path).expanduser())
+    own = load(files.expand(path))
     return Index(index.models | own.models, index.defaults | own.defaults, own.index_version)
 
 
@@ -152,9 +152,11 @@ def _is_published(document, bare):
 
 def _document(path) -> dict:
     try:
-        document = files.parse_json(Path(path).read_bytes())
-    except OSError as e:
-        raise EtfzooError(f"index {path} cannot be read: {e.strerror or e}") from e
+        content = files.read_bytes(path, files.MAX_DOCUMENT)
+    except EtfzooError as e:
+        raise EtfzooError(f"index {e}") from e
+    try:
+        document = files.parse_json(content)
     except ValueError as e:
         raise EtfzooError(f"index {path} is damaged: {first_line(e)}") from e
     if not isinstance(document, dict) or type(document.get("format")) is not int:
@@ -209,7 +211,7 @@ def _checked(document, path) -> Index:
             urls = published["urls"]
             need(
                 isinstance(urls, list)
-                and all(is_text(u) and urlsplit(u).scheme in download.SCHEMES for u in urls),
+                and all(is_text(u) and urlsplit(u).scheme in transport.SCHEMES for u in urls),
                 f"urls of {what}",
             )
             need(isinstance(published["metrics"], dict), f"metrics of {what}")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import keras
 
+from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line, unknown
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
@@ -100,9 +101,8 @@ def load(
     if not load_weights:
         return _build(target, source)
     if model is None:
-        # Read before the network is built, so that a damaged file fails at once.
-        arrays = publish.read_weights(source.folder)
-        _check_classes(spec, arrays, source)
+        arrays = publish.Weights(source.folder)
+        _check_classes(spec, arrays.shapes, source)
     elif target == spec and not fresh:
         return model
     else:
@@ -251,7 +251,7 @@ def _find(handle) -> _Source:
     text = os.fspath(handle)
     if "://" in text:
         return _find_address(text)
-    path = Path(text).expanduser()
+    path = files.expand(text)
     separators = [s for s in (os.sep, os.altsep) if s]
     if isinstance(handle, Path) or any(s in text for s in separators) or path.is_dir():
         return _find_path(path)
@@ -306,8 +306,10 @@ def _find_name(text) -> _Source:
             if version is None and chosen < max(published, default=0):
                 newest = f"{full}@{max(published)}"
                 notify("%s is newer than version %d here and published", newest, chosen)
-            if root == cache.home() and chosen in published:
-                return _fetched(_Source(full, chosen, row=row, bare=bare))
+            if root == cache.home():
+                cache.check_not_linked(versions[chosen])
+                if chosen in published:
+                    return _fetched(_Source(full, chosen, row=row, bare=bare))
             return _Source(full, chosen, folder=_verified(versions[chosen]), bare=bare)
         if version is not None and version not in published and (here or row):
             if not here:
@@ -374,12 +376,12 @@ def _build(spec, source):
         raise EtfzooError(f"{source} cannot be built: {first_line(e)}") from e
 
 
-def _check_classes(spec, arrays, source):
+def _check_classes(spec, shapes, source):
     """Before a network is built that a wrong number makes too large for any memory."""
-    kernel = arrays.get("logits/kernel")
-    if spec.head is not None and kernel is not None and kernel.shape[-1:] != (spec.num_classes,):
+    kernel = shapes.get("logits/kernel")
+    if spec.head is not None and kernel is not None and kernel[-1:] != (spec.num_classes,):
         raise EtfzooError(
-            f"the weights of {source} do not fit the model: {kernel.shape[-1:]} classes instead of "
+            f"the weights of {source} do not fit the model: {kernel[-1:]} classes instead of "
             f"{spec.num_classes}"
         )
 

@@ -20,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from etfzoo import files
+from etfzoo import files, internals
 from etfzoo.errors import EtfzooError, first_line
 
 FORMAT = 1
@@ -35,6 +35,12 @@ _ALLOWED = re.compile(
     r"|assets(\.extra)?(/[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?){1,3}"
 )
 _REQUIRED = ("saved_model.pb", "variables/variables.index", "assets.extra/etfzoo.json")
+# Of what is read as a whole before it is known to be a model.
+_LARGEST = {
+    "assets.extra/etfzoo.json": files.MAX_DOCUMENT,
+    "README.md": files.MAX_DOCUMENT,
+    "variables/variables.index": internals.MAX_INDEX,
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,7 +77,7 @@ def read(folder) -> dict[str, Entry] | None:
     if not os.path.lexists(path):
         return None
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path, follow=False) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as e:
         raise EtfzooError(f"{path} cannot be read: {e.strerror or e}") from e
@@ -126,6 +132,8 @@ def check_listing(document, where) -> dict[str, Entry]:
             raise EtfzooError(f"{where} has no sha256 for {name}")
         if type(size) is not int or size < 0:
             raise EtfzooError(f"{where} has no size for {name}")
+        if size > _LARGEST.get(name, size):
+            raise EtfzooError(f"{where} lists {name} with {size} bytes: refused")
         listing[name] = Entry(digest, size)
     missing = [name for name in _REQUIRED if name not in listing]
     if missing:
@@ -161,9 +169,9 @@ def verify(folder, listing: dict[str, Entry] | None = None) -> bool:
         EtfzooError: what differs first.
     """
     folder = Path(folder)
-    if listing is None and not os.path.lexists(folder / NAME):
+    found = _walk(folder)  # also where nothing can be compared: what is loaded are plain files
+    if listing is None and NAME not in found:
         return False
-    found = _walk(folder)  # before anything is opened: a pipe in place of a file would never end
     if listing is None:
         listing = read(folder)
         found -= {NAME}
@@ -190,7 +198,7 @@ def sha256(path) -> str:
         EtfzooError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path, follow=False) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
         raise EtfzooError(f"{path} cannot be read: {e.strerror or e}") from e

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import keras
@@ -168,13 +169,12 @@ def read_metadata(folder) -> dict:
         EtfzooError: the file is missing, broken or of a newer format; names the file.
     """
     path = Path(folder) / METADATA
+    if not path.exists():
+        raise EtfzooError(f"{path} is missing: not published by etfzoo, or an incomplete copy")
+    content = files.read_bytes(path, files.MAX_DOCUMENT)
     try:
-        metadata = files.parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise EtfzooError(
-            f"{path} is missing: not published by etfzoo, or an incomplete copy"
-        ) from None
-    except (OSError, ValueError) as e:
+        metadata = files.parse_json(content)
+    except ValueError as e:
         raise EtfzooError(f"{path} cannot be read: {first_line(e)}") from e
     number = metadata.get("format") if isinstance(metadata, dict) else None
     if type(number) is not int or number < 1:
@@ -193,23 +193,47 @@ def read_metadata(folder) -> dict:
         raise EtfzooError(f"{path} has no usable spec: {first_line(e)}") from e
 
 
-def read_weights(folder) -> dict[str, np.ndarray]:
+class Weights(Mapping):
     """The weights of a version folder by path of the Keras variable; runs nothing from it.
+
+    An array is read when it is asked for.
 
     Args:
         folder: the version folder.
 
+    Attributes:
+        shapes: of the arrays, tuples by path.
+
     Raises:
-        EtfzooError: missing, truncated or damaged files; names them.
+        EtfzooError: missing, truncated or damaged files; names them. Also where an array is read.
     """
-    try:
-        arrays = internals.read_saved_dict(folder, "weights")
-        return {saved_model.unescape(key): array for key, array in arrays.items()}
-    except (tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError) as e:
-        prefix = Path(folder) / "variables" / "variables"
-        raise EtfzooError(
-            f"the weights in {prefix}.* are damaged or incomplete: {first_line(e)}"
-        ) from e
+
+    def __init__(self, folder):
+        self._prefix = Path(folder) / "variables" / "variables"
+        with self._naming_damage():
+            self._saved = internals.SavedDict(folder, "weights")
+        self._keys = {saved_model.unescape(key): key for key in self._saved}
+        self.shapes = {path: self._saved.shapes[key] for path, key in self._keys.items()}
+
+    def __getitem__(self, path):
+        key = self._keys[path]
+        with self._naming_damage():
+            return self._saved[key]
+
+    def __iter__(self):
+        return iter(self._keys)
+
+    def __len__(self):
+        return len(self._keys)
+
+    @contextlib.contextmanager
+    def _naming_damage(self):
+        try:
+            yield
+        except (tf.errors.OpError, IndexError, OSError, RuntimeError, ValueError) as e:
+            raise EtfzooError(
+                f"the weights in {self._prefix}.* are damaged or incomplete: {first_line(e)}"
+            ) from e
 
 
 def _metadata_text(model, storage, provenance, metrics, licence):

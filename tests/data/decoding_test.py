@@ -173,6 +173,19 @@ def test_the_pixels_of_a_request_are_limited_together():
             check(tf.constant([FILES["PNG"], FILES[other]]))
 
 
+def test_the_passes_of_a_request_are_limited_together():
+    """Small files of which each alone may be decoded, but not so many of them."""
+    check = tf.function(decoding.check_request, input_signature=[tf.TensorSpec([None], tf.string)])
+    bomb = scan_bomb(1024, 1000)
+    assert len(bomb) < 70_000
+    images = tf.constant([bomb] * 8)  # of 63 times as many pixels each
+    np.testing.assert_array_equal(check(images), images)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="more than 536870912 pixels together"):
+        check(tf.constant([bomb] * 9))
+    libjpeg = claiming(encode(PICTURE, "JPEG", progressive=True), 8192, 8192)
+    check(tf.constant([libjpeg] * 8))  # what libjpeg writes counts as its pixels
+
+
 def test_orientation_is_applied_nowhere(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter

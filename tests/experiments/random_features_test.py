@@ -280,6 +280,41 @@ def test_draws_repeat_and_differ_by_seed():
     assert one.mse_fixed != other.mse_fixed
 
 
+@pytest.fixture
+def kept(tmp_path):
+    """A draw of two activations, and the file that it is kept in."""
+    data = (np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3)
+    activations = [rf.polynomial(0.5), rf.ACTIVATIONS["relu"]]
+    draw = rf.regress(data, data, activations, num_features=5)
+    np.savez(tmp_path / "a.npz", **draw._asdict())
+    return draw, tmp_path / "a.npz"
+
+
+def test_a_kept_draw_is_the_draw(kept):
+    draw, path = kept
+    for found, wanted in zip(rf.read_draw(path, 2), draw, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert rf.read_draw(path.with_name("none.npz"), 2) is None
+
+
+@pytest.mark.parametrize("field", rf.Draw._fields)
+@pytest.mark.parametrize(
+    "value", [np.nan, np.inf, -0.1, np.zeros(3), np.zeros((2, 1)), "text", [1, 2], None]
+)
+def test_a_damaged_draw_is_drawn_again(kept, field, value, caplog):
+    draw, path = kept
+    values = draw._asdict()
+    if value is None:
+        del values[field]
+    elif isinstance(value, float):
+        values[field] = np.array([0.5, value])
+    else:
+        values[field] = np.array(value)
+    np.savez(path, **values)
+    assert rf.read_draw(path, 2) is None
+    assert f"{path} is damaged: drawn again" in caplog.text
+
+
 @pytest.mark.parametrize(
     "how, linear_wins", [({"separation": 3.0}, True), ({"separation": 0.0, "spread": 3.0}, False)]
 )

@@ -235,6 +235,27 @@ def test_a_source_search_is_carried_over(embedded_dir, tmp_path):
         sweep.state(first)
 
 
+@pytest.mark.parametrize("name", ["result", "selection", "metrics_jsonl", "machine"])
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"top1": "x"}', "[" * 10**5])
+def test_damaged_files_of_cells_are_made_again(embedded_dir, tmp_path, name, content):
+    """A cell counts as unfinished where they tell what it has done; a log stops no sweep."""
+    values = TINY | {"methods": ("etf",), "source_learning_rates": (0.01, 0.1)}
+    settings = sweep.Sweep(root=str(tmp_path), data_dir=str(embedded_dir), **values)
+    (cell,) = [c for c in sweep.cells(settings) if c.name.startswith("source/")]
+    workdir = Workdir(cell.workdir)
+    workdir.path.mkdir(parents=True)
+    cell.config.save(workdir.config)
+    rows = [{"learning_rate": r, "weight_decay": 0, "top1": 0.5} for r in (0.01, 0.1)]
+    workdir.selection.write_text(json.dumps(rows))
+    workdir.write_result({"top1": 0.5, "mean_per_class": 0.5, "examples": 9})
+    assert sweep.state(cell) == "finished"
+    getattr(workdir, name).write_text(content)
+    made_again = name in ("result", "selection")
+    assert sweep.state(cell) == ("resumable" if made_again else "finished")
+    workdir.result.unlink()
+    assert sweep.remaining_images(cell) > 0 and sweep.measured_rates([cell]) == {}
+
+
 def test_examples_of_roles():
     assert sweep.examples("oxford_flowers102", "train") == 2040
     assert sweep.examples("oxford_flowers102", "fit") == 1020

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -99,20 +100,65 @@ def _in_train(root, path):
     return path.read_bytes() in [r["image"].numpy() for r in records]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "labels", "remove"])
-def test_a_damaged_cache_is_made_again(photos, model, tmp_path, damage):
+def _reversed_labels(path, labels):
+    with np.load(labels) as there:
+        np.savez(labels, labels=there["labels"][::-1], digest=there["digest"])
+
+
+def _labels_alone(path, labels):
+    with np.load(labels) as there:
+        np.savez(labels, labels=there["labels"])
+
+
+def _pipe(path, labels):
+    path.unlink()
+    os.mkfifo(path)
+    labels.touch()
+
+
+def _half_of_the_classes(path, labels):
+    """As many whole rows as labels would still fit."""
+    found = np.fromfile(path, np.float32)
+    found[: len(found) // 2].tofile(path)
+
+
+DAMAGES = {
+    "truncated": lambda path, labels: path.write_bytes(path.read_bytes()[:-3]),
+    "half a file": _half_of_the_classes,
+    "emptied": lambda path, labels: path.write_bytes(b""),
+    "NaN": lambda path, labels: np.full(path.stat().st_size // 4, np.nan, np.float32).tofile(path),
+    "a value": lambda path, labels: os.pwrite(os.open(path, os.O_WRONLY), b"\0\0\0@", 400),
+    "labels emptied": lambda path, labels: labels.write_bytes(b""),
+    "labels reversed": _reversed_labels,
+    "labels alone": _labels_alone,
+    "no features": lambda path, labels: path.unlink(),
+    "no labels": lambda path, labels: labels.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(photos, model, tmp_path, damage, caplog):
     extractor, data = features.Extractor(model), pipeline(photos)
-    wanted = np.array(extractor.load(data, "test", tmp_path).features)
+    wanted = extractor.load(data, "test", tmp_path)
+    wanted = features.Features(np.array(wanted.features), wanted.labels)
     (path,) = tmp_path.glob("*.float32")
-    (labels,) = tmp_path.glob("*.npy")
-    if damage == "truncate":
-        path.write_bytes(path.read_bytes()[:-3])
-    elif damage == "labels":
-        labels.write_bytes(b"")
-    else:
-        path.unlink()
-    np.testing.assert_array_equal(extractor.load(data, "test", tmp_path).features, wanted)
-    assert path.stat().st_size == wanted.nbytes and len(leftovers(tmp_path)) == 2
+    (labels,) = tmp_path.glob("*.npz")
+    DAMAGES[damage](path, labels)
+    for _ in range(2):
+        found = extractor.load(data, "test", tmp_path)
+        np.testing.assert_array_equal(found.features, wanted.features)
+        np.testing.assert_array_equal(found.labels, wanted.labels)
+    assert path.stat().st_size == wanted.features.nbytes and len(leftovers(tmp_path)) == 2
+    told = [m for m in caplog.messages if "is damaged: made again" in m]
+    assert len(told) == (not damage.startswith("no "))
+
+
+def test_a_pipe_in_the_cache_of_features(photos, model, tmp_path):
+    extractor, data = features.Extractor(model), pipeline(photos)
+    extractor.load(data, "test", tmp_path)
+    _pipe(*tmp_path.glob("*.float32"), *tmp_path.glob("*.npz"))
+    with pytest.raises(EtfzooError, match="float32: it is no regular file"):
+        extractor.load(data, "test", tmp_path)
 
 
 def test_a_cache_that_cannot_be_written(photos, model, tmp_path):

@@ -71,7 +71,7 @@ def test_config_and_checkpoints_name_their_run(trained, config):
 def test_the_hash_of_settings_survives_json_and_new_settings(config):
     @dataclasses.dataclass(frozen=True)
     class Later(TrainConfig):
-        brightness: float = setting("Data", 0.0, "a setting of a later version")
+        brightness: float = setting("Data", 0.0, "a later setting", low=0, high=1)
 
     known = identity.settings_hash(config)
     later = Later(**dataclasses.asdict(config))

@@ -50,7 +50,7 @@ def test_probe_is_scikit_learns_logistic_regression(config, tmp_path):
     features = etfzoo.feature_model(model)
 
     def data(split):
-        from etfzoo.data.augment import decode
+        from etfzoo.data.decoding import decode
 
         records = list(source.records(split))
         images = np.stack([decode(r["image"]).numpy() for r in records]).astype("float32")
@@ -84,7 +84,7 @@ def test_search_compares_on_the_selection_split_and_trains_the_best(config, tmp_
     """A candidate that diverges loses."""
     loads = []
     monkeypatch.setattr(transfer, "load", lambda handle: loads.append(handle) or load(handle))
-    rates = (1e30, 1e-6, 0.02)
+    rates = (1e6, 1e-6, 0.02)
     result = transfer.finetune(config, tmp_path, learning_rates=rates, weight_decays=(0.0,))
     assert loads == [config.init]  # for all of them and for the last
     rows = json.loads((tmp_path / "selection.json").read_text())

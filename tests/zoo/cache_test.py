@@ -4,18 +4,20 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import server as http
 from etfzoo.errors import EtfzooError
-from etfzoo.zoo import cache, download, manifest
+from etfzoo.zoo import cache, download, manifest, transport
 from testing import CHECKOUT, small_disk
 
 DATA = "variables/variables.data-00000-of-00001"
@@ -183,6 +185,44 @@ def test_lasting_faults(site, fault, message, attempts):
     assert leftovers() == []
 
 
+@pytest.mark.parametrize("where", ["data", "list"])
+@pytest.mark.parametrize("headers", [True, False])
+def test_a_server_that_drips(site, monkeypatch, where, headers):
+    """Some bytes come before any timeout, and the whole never would."""
+    monkeypatch.setenv("ETFZOO_TIMEOUT", "0.1")
+    monkeypatch.setattr(download, "_SLOWEST", 10**6)
+    path = site.data if where == "data" else f"/rn18_etf.x/1/{manifest.NAME}"
+    site.faults[path] = [http.drip(headers=headers)]
+    start = time.monotonic()
+    text = one_line(cache.fetch_url, site.version)
+    assert "comes too slowly, less than 1,000,000 bytes a second; try again later" in text
+    limit = download.time_limit(300_000 if where == "data" else manifest.MAX_BYTES)
+    assert 1 < limit < time.monotonic() - start < limit + 5
+    assert (where == "data") == (leftovers() != [])
+    site.faults.clear()
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+
+
+@pytest.mark.parametrize(
+    "sizes", [b"-1", b"-ffffffff", b"ffffffffffffffff", b"x", b"1;" + b"x" * 99]
+)
+def test_chunks_of_wrong_sizes(site, sizes):
+    """Endless ones: no more is taken, or kept in memory, than was announced."""
+    site.faults[site.data] = [http.chunked(sizes, b"x" * 70_000)]
+    tracemalloc.start()
+    text = one_line(cache.fetch_url, site.version)
+    assert "sends more than the 300000 bytes" in text or "the connection was dropped" in text
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_nothing_that_a_server_says_is_obeyed_by_the_terminal(site):
+    evil = "\x1b]0;title\x07\x1b[2J\u202e\x9b1m" + "x" * 500
+    site.faults[site.data] = [http.reason(404, evil.encode("latin-1", "ignore").decode("latin-1"))]
+    text = one_line(cache.fetch_url, site.version)
+    assert text.isprintable() and "404 \\x1b]0;title\\x07\\x1b[2J" in text
+
+
 def test_a_circle_of_two_addresses(site):
     site.faults[site.data] = [http.redirect("/other")]
     site.faults["/other"] = [http.redirect(site.data)]
@@ -216,7 +256,7 @@ def test_a_login_goes_to_its_own_host_alone(site, tmp_path, monkeypatch):
         site.faults["/moved"] = noting("its own", http.redirect(other.url + path))
         other.faults[path] = noting("another", http.good)
         login = {"Authorization": "Bearer secret"}
-        monkeypatch.setattr(download, "_hugging_face", lambda url: (site.url + path, login))
+        monkeypatch.setattr(transport, "_hugging_face", lambda url: (site.url + path, login))
         content = download.fetch_bytes("hf://owner/repo/saved_model.pb", 10_000)
     assert content == (site.folder / "saved_model.pb").read_bytes()
     assert sent == [("its own", "Bearer secret")] * 2 + [("another", None)]
@@ -449,14 +489,74 @@ def test_a_file_system_without_locks(site, monkeypatch):
     assert leftovers() == []
 
 
-def test_a_link_in_the_place_of_a_lock_is_not_followed(site, tmp_path):
-    folder = cache.fetch_url(site.version)
-    (lock,) = (cache.home() / ".locks").iterdir()
-    lock.unlink()
-    os.symlink(tmp_path / "elsewhere", lock)
-    (folder / DATA).write_bytes(b"x")
-    assert f"cannot write {lock}" in one_line(cache.fetch_url, site.version)
-    assert not (tmp_path / "elsewhere").exists() and leftovers() == []
+PLANTED = {  # what another user of a shared cache puts at a place
+    "a link to a folder": lambda path, outside: path.symlink_to(outside / "folder"),
+    "a link to a file": lambda path, outside: path.symlink_to(outside / "file"),
+    "a link to nothing": lambda path, outside: path.symlink_to(outside / "none"),
+    "another name of a file": lambda path, outside: os.link(outside / "file", path),
+    "a pipe": lambda path, outside: os.mkfifo(path),
+}
+PLACES = [
+    "urls",
+    "{target}",
+    "{target}/variables",
+    f"{{target}}/{DATA}",
+    f"{{target}}/{manifest.NAME}",
+    "{download}",
+    "{download}/files",
+    "{download}/files/variables",
+    f"{{download}}/files/{DATA}",
+    "{download}/files/saved_model.pb",
+    "{download}/old",
+    ".locks",
+    ".locks/{lock}",
+]
+
+
+def everything(folder):
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() else None
+        found[path] = status.st_mode, status.st_mtime_ns, content
+    return found
+
+
+@pytest.mark.parametrize("what", PLANTED)
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_outside_of_the_cache_is_touched(site, tmp_path, place, what):
+    """Whatever another user of the cache has planted in it: one line, or it goes, or it stays."""
+    target = cache.fetch_url(site.version)
+    download_folder = f"urls/.download-{target.name}"
+    part = cache.home() / f"{download_folder}/files/variables"
+    part.mkdir(parents=True)
+    (part.parent.parent / "old").mkdir()
+    names = {"target": f"urls/{target.name}", "download": download_folder}
+    names["lock"] = f"urls@{target.name}"
+    outside = tmp_path / "outside"
+    make_version(outside / "folder", seed=7)
+    make_version(outside / "folder/files", seed=8)
+    shutil.copytree(outside / "folder", outside / "folder" / target.name)
+    (outside / "file").write_bytes(b"must stay" * 30)
+    before = everything(outside)
+
+    if "{target}" not in place and place != "urls":
+        (target / DATA).unlink()  # so that it is downloaded again
+    path = cache.home() / place.format(**names)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    PLANTED[what](path, outside)
+    for _ in range(2):
+        try:
+            assert_same_folder(cache.fetch_url(site.version), site.folder)
+        except EtfzooError as error:
+            assert str(error).isprintable() and str(path.name) in str(error)
+        assert everything(outside) == before
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        path.unlink()
+    assert_same_folder(cache.fetch_url(site.version), site.folder)
+    assert everything(outside) == before
 
 
 def test_tensorflows_file_systems(site, monkeypatch):
@@ -468,10 +568,10 @@ def test_tensorflows_file_systems(site, monkeypatch):
         tf.io.gfile.makedirs(os.path.dirname(f"{base}/{name}"))
         with tf.io.gfile.GFile(f"{base}/{name}", "wb") as file:
             file.write((site.folder / name).read_bytes())
-    monkeypatch.setattr(download, "_open_http", None)
-    open_gfile = download._open_gfile
+    monkeypatch.setattr(transport, "_open_http", None)
+    open_gfile = transport._open_gfile
     to_ram = lambda url, start: open_gfile(url.replace("gs://", "ram://"), start)  # noqa: E731
-    monkeypatch.setattr(download, "_open_gfile", to_ram)
+    monkeypatch.setattr(transport, "_open_gfile", to_ram)
     assert_same_folder(cache.fetch_url("gs://bucket/rn18_etf.x/1"), site.folder)
     text = one_line(cache.fetch_url, "gs://bucket/none/1")
     assert "//bucket/none/1/assets.extra/files.json: NotFoundError" in text and leftovers() == []

@@ -78,7 +78,7 @@ def test_versions(model, version, tmp_path):
     assert sorted(leftovers(directory)) == ["017", "4", "5", "notes"]
     for written in ("4", "5"):
         np.testing.assert_array_equal(
-            publish.read_weights(directory / written)["conv1_conv/kernel"],
+            publish.Weights(directory / written)["conv1_conv/kernel"],
             changed.get_layer("conv1_conv").kernel.numpy(),
         )
 
@@ -159,7 +159,7 @@ def test_failure_in_the_middle(model, version, tmp_path, monkeypatch, failure, e
     assert leftovers(directory) == (["1"] if existing else [])
     assert directory.exists() == existing
     if existing:
-        assert publish.read_weights(directory / "1")
+        assert publish.Weights(directory / "1")
 
 
 def test_overwriting_keeps_the_old_version_where_it_fails(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_two_publishers_of_one_version(tmp_path, monkeypatch):
     (winner,) = [i for i in range(2) if results[i] == tmp_path / "m" / "1"]
     assert "m/1 already exists; choose another version" in str(results[1 - winner])
     assert leftovers(tmp_path / "m") == ["1"]
-    arrays = publish.read_weights(tmp_path / "m" / "1")
+    arrays = publish.Weights(tmp_path / "m" / "1")
     np.testing.assert_array_equal(
         arrays["conv1_conv/kernel"], models[winner].get_layer("conv1_conv").kernel.numpy()
     )

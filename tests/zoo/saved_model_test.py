@@ -46,7 +46,7 @@ def test_weights_are_stored_once(model, version):
 
 
 def test_every_variable_is_stored_bit_for_bit(model, version):
-    arrays = publish.read_weights(version)
+    arrays = publish.Weights(version)
     assert arrays.keys() == {v.path for v in model.variables}
     assert "logits/kernel" in arrays and "conv1_bn/moving_variance" in arrays
     for v in model.variables:
@@ -208,7 +208,7 @@ def test_mixed_precision_is_for_training(tmp_path):
     """Served is float32."""
     model = make(dtype="mixed_bfloat16")
     version = etfzoo.publish(model, tmp_path / "m")
-    assert {a.dtype.name for a in publish.read_weights(version).values()} == {"float32"}
+    assert {a.dtype.name for a in publish.Weights(version).values()} == {"float32"}
     served = tf.saved_model.load(version)
     outputs = served.signatures["serving_default"](images=pixels())
     assert {k: v.dtype.name for k, v in outputs.items()} == {
@@ -249,7 +249,7 @@ def rounded(model):
 def test_float16_storage(tmp_path, head, norm):
     model = make(head, norm=norm)
     version = etfzoo.publish(model, tmp_path / "m", storage="float16")
-    half, expected = publish.read_weights(version), rounded(model)
+    half, expected = publish.Weights(version), rounded(model)
     assert half.keys() == expected.keys()
     for path, array in expected.items():
         assert half[path].dtype == array.dtype
@@ -351,7 +351,7 @@ def test_shards(tmp_path, monkeypatch):
     version = etfzoo.publish(model, tmp_path / "m")
     sizes = [p.stat().st_size for p in (version / "variables").glob("*.data-*")]
     assert len(sizes) > 4 and max(sizes) <= 4.04e6
-    for path, array in publish.read_weights(version).items():
+    for path, array in publish.Weights(version).items():
         np.testing.assert_array_equal(array, {v.path: v for v in model.variables}[path].numpy())
     served = tf.saved_model.load(version).signatures["serving_default"]
     assert_close(served(images=pixels())["logits"], model(pixels()))

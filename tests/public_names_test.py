@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import etfzoo
-from testing import fresh_python
+from etfzoo.cli.__main__ import commands
+from etfzoo.models import checkpoint
+from testing import CHECKOUT, fresh_python, make_classifier
 
 NAMES = """
 import sys, etfzoo
@@ -38,6 +40,60 @@ try:
 except ModuleNotFoundError:
     print("no such module")
 """
+
+# Runs the first argument, which waits for no import of these.
+INSTANT = """
+import pathlib, runpy, sys
+ask, *arguments = sys.argv[1:]
+exec(ask)
+slow = {"tensorflow", "keras", "keras_cv", "tensorflow_datasets", "sklearn", "scipy", "matplotlib"}
+assert not slow & sys.modules.keys(), slow & sys.modules.keys()
+"""
+ASK = """
+import etfzoo
+models = etfzoo.list_models()
+assert "rn18_etf.mine" in models and "rn50_etf.in1k" in models
+for name in ("rn18_etf.mine", "rn50_etf.in1k", arguments[0]):
+    assert etfzoo.info(name)["spec"]["backbone"] == etfzoo.spec(name).backbone
+assert etfzoo.spec(arguments[1]).num_classes == 7
+for ask in etfzoo.info, etfzoo.spec:
+    try:
+        ask("rn50_etv.in1k")
+    except etfzoo.EtfzooError as error:
+        assert "did you mean rn50_etf.in1k" in str(error)
+    else:
+        raise AssertionError("an unknown name")
+"""
+HELP = """
+sys.argv = [*arguments, "--help"]
+try:
+    if sys.argv[0] == "etfzoo":
+        runpy.run_module("etfzoo.cli", run_name="__main__")
+    else:
+        sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+"""
+
+
+def test_what_models_are_is_known_without_tensorflow(tmp_path):
+    model = make_classifier()
+    folder = etfzoo.publish(model, tmp_path / "rn18_etf.mine")
+    checkpoint.CheckpointManager(tmp_path / "run").save(3, model, None, {})
+    fresh_python(INSTANT, ASK, folder, tmp_path / "run", ETFZOO_HOME=str(tmp_path))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_of_a_recipe_comes_without_tensorflow(command):
+    text = fresh_python(INSTANT, HELP, CHECKOUT / "recipes" / f"{command}.py")
+    assert text.startswith(commands()[command]) and "\n  --" in text
+
+
+def test_help_of_the_installed_command_comes_without_tensorflow():
+    text = fresh_python(INSTANT, HELP, "etfzoo")
+    assert all(f"  {name} " in text for name in commands())
+    assert "  --backbone: " in fresh_python(INSTANT, HELP, "etfzoo", "pretrain")
 
 
 @pytest.mark.parametrize("first", ["", NAMES], ids=["at once", "after the names"])

@@ -10,14 +10,18 @@ import logging
 import os
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from etfzoo import files
 from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.models import weights
-from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
+from etfzoo.models.spec import ClassifierSpec
 from etfzoo.workdir import Workdir
+
+if TYPE_CHECKING:
+    from etfzoo.models.classifier import ImageClassifier
 
 log = logging.getLogger("etfzoo")
 
@@ -180,12 +184,14 @@ def read(path, only_state: bool = False) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, state
 
 
-def load_model(workdir, best: bool = False) -> ImageClassifier:
+def load_model(workdir, best: bool = False) -> "ImageClassifier":
     """The classifier of a workdir, with the weights of its last (or best) checkpoint.
 
     Raises:
         EtfzooError: no checkpoint there, or none that can be read.
     """
+    from etfzoo.models.classifier import ImageClassifier
+
     manager = CheckpointManager(workdir)
     found = latest([manager.best] if best else manager.paths())
     if found is None:

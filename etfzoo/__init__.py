@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from etfzoo import registration
 from etfzoo.version import __version__
 
 if importlib.util.find_spec("tensorflow") is None:
@@ -113,3 +114,4 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.append(_Alias())
+registration.register()

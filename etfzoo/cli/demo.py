@@ -8,6 +8,7 @@ model, loads it back by name and classifies three images with it.
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from etfzoo.cli import app, flags
@@ -74,6 +75,7 @@ def main():
         "trSW/trSB: scatter within classes over scatter between them, of frozen features on the "
         "target's test split, less what the sampling of class means adds; lower is more collapsed."
     )
+    command = ["python", "recipes/demo.py", f"--seed={FLAGS.seed}", f"--workdir={root}"]
     html.write(
         root / "report.html",
         "etfzoo demo: fixed ETF against trainable classifier",
@@ -82,7 +84,7 @@ def main():
             ("What this is", note),
             ("Accuracy by shift", shifts),
             ("Learning curves", curves),
-            ("Command", (f"python recipes/demo.py --seed={FLAGS.seed} --workdir={root}",)),
+            ("Command", (shlex.join(command),)),
         ],
     )
     print(f"\n{html.text_table(rows)}\n{note}")

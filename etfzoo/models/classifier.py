@@ -41,7 +41,8 @@ class ImageClassifier(keras.Model):
                 )(x)
             elif spec.head == "linear":
                 x = keras.layers.Dense(spec.num_classes, name="logits", dtype=dtype)(x)
-        super().__init__(inputs=images, outputs=x, name=name or f"{spec.backbone}_{spec.head}")
+            # Under the policy, too: it tells Keras's `compile` whether to scale the loss.
+            super().__init__(inputs=images, outputs=x, name=name or f"{spec.backbone}_{spec.head}")
         self._spec = spec
 
     @property

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from etfzoo import registration
 from etfzoo.version import __version__
 
 if importlib.util.find_spec("tensorflow") is None:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:  # what __getattr__ gives, for editors and type checkers
     )
     from etfzoo.training import protocols
     from etfzoo.zoo import serving_client as serving
-    from etfzoo.zoo.load import info, list_models, load, spec
+    from etfzoo.zoo.handles import info, list_models, spec
+    from etfzoo.zoo.load import load
     from etfzoo.zoo.publish import publish
 
 _NAMES = {
@@ -36,11 +38,11 @@ _NAMES = {
     "build_classifier": "etfzoo.models.classifier",
     "feature_model": "etfzoo.models.classifier",
     "replace_head": "etfzoo.models.classifier",
-    "info": "etfzoo.zoo.load",
-    "list_models": "etfzoo.zoo.load",
+    "info": "etfzoo.zoo.handles",
+    "list_models": "etfzoo.zoo.handles",
     "load": "etfzoo.zoo.load",
     "publish": "etfzoo.zoo.publish",
-    "spec": "etfzoo.zoo.load",
+    "spec": "etfzoo.zoo.handles",
     "decode_predictions": "etfzoo.data.preprocessing",
     "preprocess": "etfzoo.data.preprocessing",
     "EtfzooError": "etfzoo.errors",
@@ -112,3 +114,4 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.append(_Alias())
+registration.register()

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import etfzoo
+from etfzoo.data import loading, sources
 from testing import CHECKOUT
 
 NAMES = [
@@ -18,6 +19,7 @@ NAMES = [
     "spec",
     "info",
     "list_models",
+    "data.load",
     "preprocess",
     "decode_predictions",
     "layers.ETFClassifier",
@@ -78,3 +80,21 @@ def test_the_python_of_the_readme(tmp_path, monkeypatch):
     exec(code, names)
     assert names["features"].shape == (1, 512)
     assert names["flowers"].output_shape == (None, 102)
+
+
+def test_the_python_of_the_page_about_keras(published, embedded_dir, monkeypatch):
+    """With a small model in place of a large one, and the data where tests have them."""
+    monkeypatch.chdir(published)
+    resolve = sources.resolve
+    monkeypatch.setattr(loading, "resolve", lambda name, data_dir: resolve(name, embedded_dir))
+    page = (CHECKOUT / "docs/keras.md").read_text("utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    assert code.count('"rn101_etf"') == 2
+    names = {}
+    exec(code.replace('"rn101_etf"', '"models/rn18_etf.birds"'), names)
+    model, half, best = names["model"], names["half"], names["best"]
+    assert [v.path for v in model.trainable_variables] == ["logits/kernel", "logits/bias"]
+    assert half.optimizer.name == "loss_scale_optimizer"
+    assert type(best) is etfzoo.ImageClassifier and best.spec == model.spec
+    assert best.spec.class_names == tuple("0123456789")
+    assert {"val_accuracy", "nc/test/nc1"} <= names["history"].history.keys()

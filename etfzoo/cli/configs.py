@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 
 import etfzoo
 from etfzoo.cli.flags import FLAGS, as_flags
@@ -98,9 +99,10 @@ def print_assumed(config, task):
         print(f"note: {as_flags(note)}", flush=True)
 
 
-def data_dir_flag(config) -> str:
-    """The `--data_dir` of a run, as it belongs into a suggested next command."""
-    return f" --data_dir={config.data_dir}" if config.data_dir else ""
+def print_next(command, **flags):
+    """Suggests a command, quoted as a shell needs it; flags without a value are left out."""
+    given = [f"--{name}={value}" for name, value in flags.items() if value]
+    print(f"next: {shlex.join(['python', f'recipes/{command}.py', *given])}", flush=True)
 
 
 def image_arguments(arguments):

@@ -9,6 +9,7 @@ classifies images with it. Writes report.html.
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from etfzoo.cli import app, flags
@@ -55,6 +56,7 @@ def main():
     )
     print(f"\n{html.text_table(rows)}\n{note}\n", flush=True)
     shown = {name: _images(name, data_dir) for name in (SOURCE, *TARGETS)}
+    command = ["python", "recipes/demo.py", f"--seed={FLAGS.seed}", f"--workdir={root}"]
     html.write(
         root / "report.html",
         "etfzoo demo: fixed ETF against trainable classifier",
@@ -68,7 +70,7 @@ def main():
             ("Covariance within classes of the frozen features (the paper's Figure 3)",
              figures.covariances({TARGETS[0]: covariances}, "pretrained with either head")),
             ("Learning curves of the pretraining", plots.learning_curves(histories)),
-            ("Command", (f"python recipes/demo.py --seed={FLAGS.seed} --workdir={root}",)),
+            ("Command", (shlex.join(command),)),
         ],
     )  # fmt: skip
     print(f"\nreport: {root / 'report.html'}")

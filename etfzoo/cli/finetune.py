@@ -54,9 +54,8 @@ def main():
         f"{config.eval_split} split"
     )
     if job.mode != "knn":  # which leaves no model
-        print(
-            f"next: python recipes/evaluate.py --model={workdir} --dataset={config.dataset}"
-            f"{configs.data_dir_flag(config)}"
+        configs.print_next(
+            "evaluate", model=workdir, dataset=config.dataset, data_dir=config.data_dir
         )
 
 

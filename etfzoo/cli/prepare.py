@@ -9,7 +9,7 @@ Every second of the 200 classes, sorted by WordNet id, with all of its images (5
 before its end it leaves nothing, and what is there already is left alone.
 """
 
-from etfzoo.cli import app, flags
+from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
 
 
@@ -27,8 +27,9 @@ def main():
     print(f"{'prepared' if folder else 'there already'}: {source.num_classes} classes, {images}")
     if found != official:
         print(f"note: the public archive has {', '.join(f'{official[s]:,} ({s})' for s in found)}")
-    where = f" --data_dir={FLAGS.data_dir}" if FLAGS.data_dir else ""
-    print(f"next: python recipes/pretrain.py --dataset=tiny_imagenet{where} --backbone=rn18")
+    configs.print_next(
+        "pretrain", dataset="tiny_imagenet", data_dir=FLAGS.data_dir, backbone="rn18"
+    )
 
 
 def run():

@@ -44,9 +44,10 @@ def main():
     ).run()
     print(
         f"top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  mean per-class "
-        f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images\n"
-        f"next: python recipes/finetune.py --model={workdir} --dataset=oxford_flowers102"
-        f"{configs.data_dir_flag(config)}"
+        f"{100 * result['mean_per_class']:.2f} %  on {result['examples']} images"
+    )
+    configs.print_next(
+        "finetune", model=workdir, dataset="oxford_flowers102", data_dir=config.data_dir
     )
 
 

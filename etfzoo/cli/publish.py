@@ -12,6 +12,8 @@ its name wherever that file is. An entry without --url is for models that come w
     --index=etfzoo/zoo/index.json
 """
 
+import shlex
+
 from etfzoo.cli import app, flags
 from etfzoo.cli.flags import FLAGS
 from etfzoo.models.table import STORAGES
@@ -52,7 +54,8 @@ def main():
         address = publish_run.address(FLAGS.url, FLAGS.name, folder.name)
         pin = manifest.sha256(folder / manifest.NAME)
         print(f"address: {address}#sha256={pin}")
-    print(f'next: python -c "import etfzoo; print(etfzoo.info({str(folder)!r}))"')
+    code = f"import etfzoo; print(etfzoo.info({str(folder)!r}))"
+    print(f"next: python -c {shlex.quote(code)}")
 
 
 def run():

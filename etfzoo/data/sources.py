@@ -1,5 +1,8 @@
 """Data sets by name: TFDS, prepared folders of TFDS, folders of images."""
 
+import os
+
+from etfzoo import files
 from etfzoo.data.folders import open_folder
 from etfzoo.data.source import Source
 from etfzoo.data.tfds import open_tfds
@@ -20,4 +23,4 @@ def resolve(name: str, data_dir: str | None = None, prepare: bool = True) -> Sou
     """
     if name.startswith("folder:"):
         return open_folder(name)
-    return open_tfds(name, data_dir, prepare)
+    return open_tfds(name, data_dir and os.fspath(files.expand(data_dir)), prepare)

@@ -4,10 +4,10 @@ KerasCV and not its successor KerasHub: its ResNet V1 is built offline by a plai
 paper names ResNet50 and ResNet101, and no variant.)
 """
 
+import os
 import re
 
 import keras
-import keras_cv
 
 from etfzoo import internals
 from etfzoo.errors import EtfzooError
@@ -32,8 +32,14 @@ def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
         The last feature map, `[N, H/32, W/32, feature_dim]` (rounded up), in the graph of
         `images`, so that every KerasCV layer is a direct layer of the model around it. On
         TensorFlow its batch norms are `etfzoo.layers.FusedBatchNormalization`.
+
+    Raises:
+        EtfzooError: unknown name, or a setting of Keras under which this network cannot be built.
     """
     row = get_backbone(name)
+    _check_settings()
+    import keras_cv  # after the check, as it chooses its Keras while it is imported
+
     network = keras_cv.models.ResNetBackbone(
         stackwise_filters=[64, 128, 256, 512],
         stackwise_blocks=list(row.blocks),
@@ -52,6 +58,20 @@ def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
     # ResNetBackbone clones its graph when its input is not an Input; the layer's first node is
     # still the one that hangs on `images`.
     return network.layers[-1].output
+
+
+def _check_settings():
+    if os.environ.get("TF_USE_LEGACY_KERAS") in ("true", "True", "1"):  # as TensorFlow reads it
+        raise EtfzooError(
+            "TF_USE_LEGACY_KERAS asks for Keras 2, and the models of etfzoo are those of Keras 3: "
+            "unset it"
+        )
+    if keras.config.image_data_format() != "channels_last":
+        raise EtfzooError(
+            "image_data_format of Keras is channels_first, and the models of etfzoo take images "
+            "[N, H, W, 3]: set it to channels_last in keras.json (of ~/.keras or KERAS_HOME), or "
+            "call keras.config.set_image_data_format('channels_last')"
+        )
 
 
 def whiten(network: keras.Model, inputs=None, **options) -> keras.Model:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from etfzoo import arrays as stored
 from etfzoo import files
 from etfzoo.errors import EtfzooError, TrainingDiverged, first_line
 from etfzoo.models import weights
-from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
+from etfzoo.models.spec import ClassifierSpec
 from etfzoo.workdir import Workdir
+
+if TYPE_CHECKING:
+    from etfzoo.models.classifier import ImageClassifier
 
 log = logging.getLogger("etfzoo")
 
@@ -199,12 +203,14 @@ def read(path, only_state: bool = False) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, state
 
 
-def load_model(workdir, best: bool = False) -> ImageClassifier:
+def load_model(workdir, best: bool = False) -> "ImageClassifier":
     """The classifier of a workdir, with the weights of its last (or best) checkpoint.
 
     Raises:
         EtfzooError: no checkpoint there, or none that can be read.
     """
+    from etfzoo.models.classifier import ImageClassifier
+
     manager = CheckpointManager(workdir)
     found = latest([manager.best] if best else manager.paths())
     if found is None:

@@ -5,92 +5,10 @@ import dataclasses
 
 import keras
 
-from etfzoo.data.datasets import IMAGENET_STATISTICS
-from etfzoo.errors import EtfzooError, unknown
-from etfzoo.layers.etf_classifier import FEATURE_NORMS, ETFClassifier, full_precision
+from etfzoo.errors import unknown
+from etfzoo.layers.etf_classifier import ETFClassifier, full_precision
 from etfzoo.models import backbones, weights
-from etfzoo.models.table import HEADS, NORMS, get_backbone
-
-IMAGENET_MEAN, IMAGENET_STD = IMAGENET_STATISTICS
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifierSpec:
-    """All that rebuilds a classifier; travels with it in every file. See build_classifier."""
-
-    backbone: str
-    num_classes: int | None
-    head: str | None = "etf"
-    norm: str = "bn"
-    input_shape: tuple[int | None, int | None, int] = (224, 224, 3)
-    feature_norm: str = "none"
-    scale: float | None = None
-    seed: int = 0
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    crop: float = 0.875
-    class_names: tuple[str, ...] | None = None
-    dtype: str = "float32"
-    # What people are shown where the names are codes, as WordNet ids are; publishing fills it in.
-    class_descriptions: tuple[str, ...] | None = None
-
-    def __post_init__(self):
-        for field in ("input_shape", "mean", "std", "class_names", "class_descriptions"):
-            value = getattr(self, field)
-            if value is not None:
-                object.__setattr__(self, field, tuple(value))
-        if self.scale is None:
-            scale = 16.0 if self.feature_norm.endswith("l2") else 1.0
-            object.__setattr__(self, "scale", scale)
-        get_backbone(self.backbone)
-        if self.head is not None and self.head not in HEADS:
-            raise unknown("head", self.head, HEADS)
-        if self.head != "etf" and (self.feature_norm, self.scale) != ("none", 1.0):
-            raise EtfzooError("feature_norm and scale belong to the etf head")
-        if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
-        if self.feature_norm not in FEATURE_NORMS:
-            raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
-        if (
-            len(self.input_shape) != 3
-            or self.input_shape[-1] != 3
-            or not all(n is None or (isinstance(n, int) and n > 0) for n in self.input_shape)
-        ):
-            raise EtfzooError(f"input_shape must be (height, width, 3); got {self.input_shape}")
-        if not 0 < self.crop <= 1:
-            raise EtfzooError(f"crop must be in (0, 1]; got {self.crop}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
-            raise EtfzooError(f"mean and std need 3 numbers each; got {self.mean} and {self.std}")
-        if self.head is not None and (self.num_classes is None or self.num_classes < 1):
-            raise EtfzooError(f"num_classes must be at least 1; got {self.num_classes}")
-        for field in ("class_names", "class_descriptions"):
-            names = getattr(self, field)
-            if not all(isinstance(name, str) for name in names or ()):
-                raise EtfzooError(f"{field} must be strings")
-            if names is not None and len(names) != self.num_classes:
-                what = field.replace("_", " ")
-                raise EtfzooError(f"{len(names)} {what} for {self.num_classes} classes")
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What people are shown for each class: description, else name, else number."""
-        numbers = (str(i) for i in range(self.num_classes or 0))
-        return self.class_descriptions or self.class_names or tuple(numbers)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "ClassifierSpec":
-        """The spec written by `dataclasses.asdict`, also after a trip through JSON.
-
-        Raises:
-            EtfzooError: unknown or missing fields (a file of another etfzoo version).
-        """
-        known = {f.name for f in dataclasses.fields(cls)}
-        extra = sorted(values.keys() - known)
-        if extra or not {"backbone", "num_classes"} <= values.keys():
-            raise EtfzooError(
-                f"not a classifier of this etfzoo version (unknown fields: {extra or 'none'})"
-            )
-        return cls(**values)
+from etfzoo.models.spec import IMAGENET_MEAN, IMAGENET_STD, ClassifierSpec
 
 
 @keras.saving.register_keras_serializable(package="etfzoo")
@@ -123,7 +41,8 @@ class ImageClassifier(keras.Model):
                 )(x)
             elif spec.head == "linear":
                 x = keras.layers.Dense(spec.num_classes, name="logits", dtype=dtype)(x)
-        super().__init__(inputs=images, outputs=x, name=name or f"{spec.backbone}_{spec.head}")
+            # Under the policy, too: it tells Keras's `compile` whether to scale the loss.
+            super().__init__(inputs=images, outputs=x, name=name or f"{spec.backbone}_{spec.head}")
         self._spec = spec
 
     @property

@@ -1,6 +1,5 @@
 """Weights as plain NumPy arrays by variable path, and their strict assignment."""
 
-import keras
 import numpy as np
 
 from etfzoo.errors import EtfzooError
@@ -12,6 +11,8 @@ def as_arrays(variables) -> dict[str, np.ndarray]:
     Raises:
         EtfzooError: two variables share a path, so that one would overwrite the other.
     """
+    import keras
+
     arrays = {v.path: keras.ops.convert_to_numpy(v.value) for v in variables}
     if len(arrays) != len(variables):
         raise EtfzooError("two variables of the model have the same path; give layers unique names")

@@ -15,7 +15,7 @@ from etfzoo import files
 from etfzoo.data.augmentation import CROPS, MAX_MAGNITUDE
 from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, first_line, shown, unknown
-from etfzoo.models.table import BACKBONES, HEADS, INITIALIZERS, NORMS
+from etfzoo.models.table import BACKBONES, FEATURE_NORMS, HEADS, INITIALIZERS, NORMS
 from etfzoo.runtime.strategies import STRATEGIES
 from etfzoo.training.protocols import PROTOCOLS
 
@@ -96,7 +96,7 @@ class TrainConfig:
         "Model",
         "none",
         "features before the ETF: none, bn, l2 or bn_l2",
-        choices=("none", "bn", "l2", "bn_l2"),  # as the layer's, which would import Keras
+        choices=FEATURE_NORMS,
     )
     scale: float | None = setting(
         "Model",

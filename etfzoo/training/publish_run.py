@@ -24,8 +24,10 @@ from etfzoo.runtime import hardware
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import card, index, manifest, saved_model
-from etfzoo.zoo.load import info, load
-from etfzoo.zoo.publish import check_backend, publish, read_metadata, version_folders
+from etfzoo.zoo.handles import info
+from etfzoo.zoo.load import load
+from etfzoo.zoo.metadata import read_metadata, version_folders
+from etfzoo.zoo.publish import check_backend, publish
 
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
 

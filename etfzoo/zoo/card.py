@@ -15,7 +15,7 @@ def text(name: str, version: int, metadata: dict) -> str:
     Args:
         name: full name of the model.
         version: its number.
-        metadata: see `etfzoo.zoo.publish.read_metadata`; of `provenance` it shows `command`,
+        metadata: see `etfzoo.zoo.metadata.read_metadata`; of `provenance` it shows `command`,
             `dataset` and its `title`, `init`, `epochs`, `seed`, `hardware`, `seconds` (of
             training), `licences` (terms by data set), `intended_use` and `limits`.
     """

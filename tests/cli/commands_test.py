@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shlex
 import types
 
 import pytest
@@ -104,6 +105,41 @@ def test_publish(run, tmp_path):
         "licence": "l", "intended_use": "u", "limits": "n", "storage": "float16",
         "index_path": "i", "url": None, "default": True, "data_dir": "d",
     }  # fmt: skip
+
+
+def _suggested(capsys):
+    """The words of the command that was suggested, as a shell reads them."""
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("next: "))
+    return shlex.split(line.removeprefix("next: "))
+
+
+def test_the_suggestion_of_pretrain_is_quoted(run, capsys):
+    run.note(loop, "train_and_evaluate", RESULT)
+    run("pretrain", "--data_dir=it's $HOME", "--workdir=a; b")
+    (*command, dataset, data_dir) = _suggested(capsys)
+    assert command == ["python", "recipes/finetune.py", "--model=a; b"]
+    assert (dataset, data_dir) == ("--dataset=oxford_flowers102", "--data_dir=it's $HOME")
+
+
+def test_the_suggestion_of_finetune_is_quoted(run, capsys):
+    run.note(transfer, "linear_probe", RESULT)
+    names = ["--dataset=folder:my photos", "--workdir=it's $(mine)"]
+    run("finetune", "--model=x", "--mode=linear_probe", *names)
+    assert _suggested(capsys) == [
+        "python", "recipes/evaluate.py", "--model=it's $(mine)", "--dataset=folder:my photos",
+    ]  # fmt: skip
+
+
+def test_the_suggestion_of_publish_is_quoted(run, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "it's $(mine)" / "1"
+    folder.mkdir(parents=True)
+    run.note(publish_run, "publish_run", folder)
+    run("publish", "--workdir=w", "--name=rn18_etf.x")
+    python, flag, code = _suggested(capsys)
+    asked = []
+    monkeypatch.setattr("etfzoo.info", asked.append, raising=False)
+    exec(code)
+    assert (python, flag, asked) == ("python", "-c", [str(folder)])
 
 
 SWEEP = {

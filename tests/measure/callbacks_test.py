@@ -57,6 +57,68 @@ def test_measures_in_logs_history_and_tensorboard(tmp_path):
     assert ("epoch_nc/test/nc1", 0) not in tags
 
 
+def _measured(model, batches):
+    """Logs of an epoch, of the callback alone."""
+    measures = NeuralCollapse({"x": batches})
+    measures.set_model(model)
+    measures.set_params({"epochs": 1})
+    measures.on_train_begin()
+    logs = {}
+    measures.on_epoch_end(0, logs)
+    return logs
+
+
+@pytest.fixture(scope="module")
+def model():
+    return _model()
+
+
+def test_labels_of_all_forms_and_weights(model):
+    images, labels = _data(1)
+    wanted = _measured(model, [(images, labels)])
+    hot = keras.utils.to_categorical(labels, K)
+    for given in (
+        [images, hot],
+        (images, hot.astype(bool), np.full(20, 0.5)),
+        (images, labels[:, None].astype(np.float32), np.full((20, 1), 3.0)),
+    ):
+        assert _measured(model, [given]) == wanted
+    weights = np.ones(20)
+    weights[[3, 7, 8]] = 0
+    kept = weights > 0
+    some = tf.data.Dataset.from_tensor_slices((images, labels, weights)).batch(20)
+    assert _measured(model, some) == _measured(model, [(images[kept], labels[kept])])
+    assert _measured(model, some) != wanted
+
+
+SOFT = np.full((4, K), 1 / K)
+IMAGES = np.zeros((4, 16, 16, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        ([IMAGES], "'x' gives no labels beside the images"),
+        ([(IMAGES, SOFT)], "'x' has soft labels"),
+        ([(IMAGES, np.zeros((4, K)))], "'x' has soft labels"),
+        ([(IMAGES, np.zeros((4, K + 1)))], r"must be class numbers from 0 to 2.* float64 \[4, 4\]"),
+        ([(IMAGES, np.array([0, 1, 2, 3]))], "must be class numbers from 0 to 2"),
+        ([(IMAGES, np.array([0, 1, 2, -1]))], "must be class numbers from 0 to 2"),
+        ([(IMAGES, np.array([0, 1, 2, 0.5]))], "must be class numbers from 0 to 2"),
+        ([(IMAGES, np.array(list("abca")))], "must be class numbers from 0 to 2.*; got <U1"),
+        ([(IMAGES, 1, 2, 3)], "data set 'x': Data is expected to be in format"),
+        (iter([(IMAGES, np.zeros(4, int))]), "'x' can be read only once"),
+        ([], "'x' is empty"),
+        (tf.data.Dataset.from_tensors((IMAGES, [0, 1, 2, 0])).repeat(), "'x' has no end"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_data_that_cannot_be_measured_is_refused_before_the_first_epoch(model, batches, message):
+    with pytest.raises(etfzoo.EtfzooError, match=message):
+        model.fit(*_data(0), verbose=0, callbacks=[NeuralCollapse({"x": batches})])
+    assert model.optimizer.iterations == 0
+
+
 def test_other_models_and_numbers_are_refused():
     with pytest.raises(etfzoo.EtfzooError, match="every must be at least 1; got 0"):
         NeuralCollapse({}, every=0)

@@ -11,7 +11,7 @@ from etfzoo.errors import EtfzooError
 from etfzoo.layers import SwitchableWhitening
 from etfzoo.models import backbones, weights
 from etfzoo.models.table import BACKBONES
-from testing import randomize, shallow_rn18
+from testing import fresh_python, randomize, shallow_rn18
 
 # Pan et al. 2019, and their networks: the stem and every second block of stages 1 to 3. KerasCV
 # counts stages from 0 and blocks from 1.
@@ -181,3 +181,18 @@ def test_moving_variance_is_biased_and_moves_by_a_tenth():
     np.testing.assert_allclose(layer.moving_variance, biased, rtol=1e-4)
     unbiased = 0.9 * 1 + 0.1 * x.reshape(4, 512).var(0, ddof=1)
     assert np.abs(np.asarray(layer.moving_variance) - unbiased).max() > 0.01
+
+
+def test_settings_of_keras_that_do_not_go_are_one_line(tmp_path):
+    (tmp_path / "keras.json").write_text('{"image_data_format": "channels_first"}')
+    code = (
+        "import etfzoo\n"
+        "try: etfzoo.build_classifier('rn18', 7)\n"
+        "except etfzoo.EtfzooError as error: print(error)\n"
+    )
+    for settings, wanted in (
+        ({"KERAS_HOME": str(tmp_path)}, "image_data_format of Keras is channels_first"),
+        ({"TF_USE_LEGACY_KERAS": "1"}, "TF_USE_LEGACY_KERAS asks for Keras 2"),
+    ):
+        (line,) = fresh_python(code, **settings).splitlines()
+        assert line.startswith(wanted)

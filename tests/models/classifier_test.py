@@ -6,6 +6,7 @@ import json
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from etfzoo.errors import EtfzooError
 from etfzoo.layers import frames
@@ -19,7 +20,7 @@ from etfzoo.models.classifier import (
     replace_head,
 )
 from etfzoo.models.table import BACKBONES
-from testing import fresh_python, randomize
+from testing import fresh_python, randomize, shallow_rn18
 
 # Weights with BN's gamma and beta and without the last layer, as torchvision's networks have them
 # (11,689,512 of its resnet18 less 512 * 1000 + 1000 of the last layer, and so on).
@@ -202,6 +203,56 @@ def test_keras_files_in_a_fresh_process(rn18, tmp_path):
         assert out.keys() == mine.keys() and len(mine) == count
         for path, array in mine.items():
             np.testing.assert_array_equal(out[path], array, err_msg=path)
+
+
+def test_keras_tells_and_copies_models(rn18, tmp_path):
+    lines = []
+    rn18.summary(line_length=150, print_fn=lines.append)
+    trainable = sum(int(np.prod(v.shape)) for v in rn18.trainable_variables)
+    for text in ("logits (ETFClassifier)", f"Trainable params: {trainable:,}"):
+        assert text in "".join(lines)
+    wanted = rn18(pixels())
+    clone = keras.models.clone_model(rn18)
+    again = type(rn18).from_config(rn18.get_config())
+    assert again.spec == rn18.spec
+    rn18.save_weights(tmp_path / "x.weights.h5")
+    for copy in (clone, again):
+        assert not np.allclose(copy(pixels()), wanted)
+        copy.load_weights(tmp_path / "x.weights.h5")
+        np.testing.assert_array_equal(copy(pixels()), wanted)
+        trainable = [v.path for v in copy.trainable_variables]
+        assert trainable == [v.path for v in rn18.trainable_variables]
+
+
+@pytest.mark.parametrize("changes", [{}, {"head": "linear", "norm": "sw"}])
+def test_keras_exports_models(changes, tmp_path):
+    with shallow_rn18():
+        model = randomize(make(**changes))
+        model.export(tmp_path / "exported", verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path / "exported"))
+    np.testing.assert_allclose(loaded.serve(pixels()), model(pixels()), rtol=1e-4, atol=1e-4)
+
+
+def test_plots_of_models(rn18, tmp_path):
+    pytest.importorskip("pydot")
+    keras.utils.plot_model(rn18, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "dtype, optimizer",
+    [
+        ("float32", "SGD"),
+        ("mixed_bfloat16", "SGD"),
+        ("mixed_float16", "LossScaleOptimizer"),
+    ],
+)
+def test_compile_knows_the_precision(dtype, optimizer):
+    with shallow_rn18():
+        model = make(dtype=dtype)
+    model.compile(keras.optimizers.SGD(0.1))
+    assert (model.dtype_policy.name, type(model.optimizer).__name__) == (dtype, optimizer)
+    assert keras.config.dtype_policy().name == "float32"
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import pytest
 import etfzoo
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.table import BACKBONES, METHODS
-from etfzoo.zoo import index, load
+from etfzoo.zoo import handles, index
 from testing import randomize
 
 SIDE = 32
-CHECKOUT = Path(load.__file__).parents[2]
+CHECKOUT = Path(handles.__file__).parents[2]
 
 
 def make(head="etf", num_classes=5, seed=1, **changes):
@@ -151,8 +151,7 @@ def test_loads_on_jax(etf, tmp_path):
 
 def test_a_spec_takes_no_network(etf, zoo_folder, tmp_path, monkeypatch):
     checkpoint.CheckpointManager(tmp_path).save(3, etf, None, {})
-    for module in (load, checkpoint):
-        monkeypatch.setattr(module, "ImageClassifier", None)
+    monkeypatch.setattr(classifier, "ImageClassifier", None)
     for handle in ("rn18_etf.shapes", zoo_folder / "rn18_etf.shapes", tmp_path):
         assert etfzoo.spec(handle) == etf.spec
     assert etfzoo.spec("rn101_etf.in1k").num_classes == 1000  # published or not
@@ -304,7 +303,7 @@ def test_search_order(zoo_folder, tmp_path, monkeypatch):
     """ETFZOO_HOME, then saved_models/ of a checkout, then the index."""
     checkout = tmp_path / "checkout"
     (checkout / "etfzoo").mkdir(parents=True)
-    monkeypatch.setattr(load, "_PACKAGE", checkout / "etfzoo")
+    monkeypatch.setattr(handles, "_PACKAGE", checkout / "etfzoo")
     both, home = checkout / "saved_models", tmp_path / "home"
     link(zoo_folder / "rn18_linear/3", both / "rn50_linear.in1k" / "1")
     monkeypatch.setenv("ETFZOO_HOME", str(home))
@@ -362,7 +361,7 @@ def test_a_copy_that_was_changed_is_refused_wherever_it_lies(
     checkout = tmp_path / "checkout"
     (checkout / "etfzoo").mkdir(parents=True)
     (checkout / "setup.py").touch()
-    monkeypatch.setattr(load, "_PACKAGE", checkout / "etfzoo")
+    monkeypatch.setattr(handles, "_PACKAGE", checkout / "etfzoo")
     monkeypatch.setenv("ETFZOO_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     for root in (tmp_path / "home/rn18_x.y", checkout / "saved_models/rn18_x.z"):

@@ -27,7 +27,9 @@ def main():
         model = etfzoo.load(FLAGS.model)
     with exit_if_worker_lost(strategy):
         source = chief_first(strategy, lambda: configs.open_source(FLAGS.dataset))
-        predictions = accuracy.evaluate(model, source, FLAGS.split, FLAGS.batch_size, strategy)
+        predictions = accuracy.evaluate(
+            model, source, FLAGS.split, FLAGS.batch_size, strategy, FLAGS.ignore_class_names
+        )
         wait_for_all(strategy)
     if not is_chief(strategy):
         return
@@ -54,6 +56,7 @@ def run():
     """Defines the flags and runs the command."""
     flags.model_flag()
     flags.data_flags("imagenet2012")
+    flags.class_names_flag()
     flags.string("Data", "split", "test", "a split, or a role: train, fit, select or test")
     flags.batch_flag(128)
     flags.strategy_flags()

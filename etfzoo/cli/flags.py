@@ -265,6 +265,12 @@ def batch_flag(default, text="images a step, over all devices"):
     integer("Machine", "batch_size", default, text, low=1, high=MOST_IMAGES)
 
 
+def class_names_flag():
+    """Whether classes of other names are meant."""
+    text = "take the data set's classes as the model's, in their order, whatever they are called"
+    boolean("Data", "ignore_class_names", False, text)
+
+
 def image_size_flag(default):
     """The size of the images, where it is not the default."""
     text = f"height and width in pixels (default: {default})"

@@ -1,13 +1,16 @@
 """From flags to what the library takes, and what the commands print alike."""
 
 import dataclasses
+import hashlib
 import os
+from pathlib import Path
 
 import etfzoo
 from etfzoo.cli.flags import FLAGS, as_flags
 from etfzoo.data.datasets import DATASETS
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir, folder_name
 
 
 def open_strategy(settings):
@@ -96,6 +99,41 @@ def print_assumed(config, task):
         print(f"assumed (not in the protocol's source): {values}", flush=True)
     for note in protocols.notes(config.protocol, task, config.norm):
         print(f"note: {as_flags(note)}", flush=True)
+
+
+def report_place(command, handle, *data) -> str:
+    """Where the report of a command has its place unless a flag says where.
+
+    Args:
+        command: that makes it.
+        handle: of the model; None of none.
+        *data: names of what it is about: data set, splits.
+    """
+    parts = ["runs", command, folder_name("_".join(data))]
+    if handle:
+        parts.insert(2, model_label(handle))
+    return os.path.join(*parts)
+
+
+def model_label(handle) -> str:
+    """A name that tells a model from all others, as part of a path.
+
+    It is `<name>@<version>`. A folder's version has the start of its hash behind it; that of a
+    workdir is the start of its run's id, which is drawn when the run begins.
+    """
+    from etfzoo.training import identity
+    from etfzoo.zoo import manifest
+
+    path = Path(handle).absolute()
+    if Workdir(path).is_run:
+        run = identity.run_of(path) or hashlib.sha256(os.fsencode(path)).hexdigest()
+        return folder_name(f"{path.name}@{run[:8]}")
+    found = etfzoo.info(handle)
+    version = str(found["version"] or path.name)
+    listing = Path(found["path"]) / manifest.NAME
+    if path.exists() and listing.exists():  # there may be others of that name elsewhere
+        version += f"-{manifest.sha256(listing)[:8]}"
+    return folder_name(f"{found['name']}@{version}")
 
 
 def data_dir_flag(config) -> str:

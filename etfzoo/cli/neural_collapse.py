@@ -16,7 +16,6 @@ import os
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
-from etfzoo.workdir import folder_name
 
 
 def main():
@@ -61,9 +60,10 @@ def main():
     rows = [["measure", *results]]
     rows += [[name, *(_text(result.get(name)) for result in results.values())] for name in names]
     print(html.text_table(rows))
-    dataset = folder_name(FLAGS.dataset)
-    name = f"{os.path.basename(FLAGS.model.rstrip('/'))}_{dataset}"
-    output = FLAGS.output or f"runs/neural_collapse/{name}.json"
+    data = [FLAGS.dataset, *FLAGS.split]
+    data += [f"ood_{FLAGS.ood_dataset}"] if FLAGS.ood_dataset else []
+    place = configs.report_place("neural_collapse", FLAGS.model, *data)
+    output = FLAGS.output or f"{place}.json"
     files.make_directory(os.path.dirname(output) or ".")
     document = {"model": FLAGS.model, "dataset": FLAGS.dataset, "ood_dataset": FLAGS.ood_dataset}
     document |= {"etfzoo": etfzoo.__version__, "splits": results}

@@ -89,6 +89,11 @@ def claim(config: TrainConfig, workdir, data: dict) -> dict:
     return identity
 
 
+def run_of(workdir) -> str | None:
+    """The id of a workdir's run; None of one that was made before there were any."""
+    return files.read_json(Workdir(workdir).config).get(_RUN)
+
+
 def check_state(identity: dict, state: dict, workdir) -> None:
     """Raises EtfzooError where a checkpoint is of another run than a workdir's."""
     if state.get(_RUN, identity[_RUN]) != identity[_RUN]:

@@ -13,6 +13,7 @@ from absl import flags
 
 from etfzoo import files
 from etfzoo.errors import EtfzooError, shown
+from etfzoo.models.table import MAX_VERSION
 from etfzoo.training.config import (
     IMAGE_SIZES,
     MOST_IMAGES,
@@ -27,7 +28,7 @@ from etfzoo.training.protocols import PROTOCOLS, settings_of_rows
 FLAGS = flags.FLAGS
 # Settings that some protocol gives.
 FROM_PROTOCOL = settings_of_rows()
-VERSIONS = {"low": 1, "high": 2**63 - 1}  # of TF Serving
+VERSIONS = {"low": 1, "high": MAX_VERSION}
 GROUPS: dict[str, list[str]] = {}
 
 

@@ -29,10 +29,10 @@ import keras
 from etfzoo.errors import EtfzooError, first_line, unknown
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ClassifierSpec, ImageClassifier
-from etfzoo.models.table import METHODS
+from etfzoo.models.table import METHODS, VERSION
 from etfzoo.progress import notify
 from etfzoo.workdir import Workdir
-from etfzoo.zoo import cache, card, index, manifest, publish
+from etfzoo.zoo import cache, card, index, manifest, publish, verify
 
 AUTO = "auto"
 
@@ -102,12 +102,15 @@ def load(
     if model is None:
         # Read before the network is built, so that a damaged file fails at once.
         arrays = publish.read_weights(source.folder)
+        verify.check_weights(arrays, f"the weights of {source}")
         _check_classes(spec, arrays, source)
     elif target == spec and not fresh:
         return model
     else:
         arrays = weights.as_arrays(model.variables)
     result = _build(target, source)
+    if not fresh:
+        verify.check_kernel(result, arrays, f"the weights of {source}")
     skip = classifier.is_head_variable if fresh else lambda path: False
     weights.assign(result.variables, arrays, f"the weights of {source}", skip)
     return result
@@ -261,7 +264,7 @@ def _find(handle) -> _Source:
 def _find_address(handle) -> _Source:
     folder = cache.fetch_url(handle, try_out=load)
     *parents, last = cache.parse_handle(handle)[0].partition("@")[0].split("/")
-    version = int(last) if last.isdecimal() else None
+    version = int(last) if re.fullmatch(VERSION, last) else None
     return _Source(last if version is None else parents[-1], version, folder=folder)
 
 
@@ -269,7 +272,7 @@ def _find_path(path) -> _Source:
     if not path.exists():
         raise EtfzooError(f"no such folder: {path}")
     if (path / "saved_model.pb").exists():
-        version = int(path.name) if path.name.isdecimal() else None
+        version = int(path.name) if re.fullmatch(VERSION, path.name) else None
         return _Source(path.absolute().parent.name, version, folder=_verified(path))
     versions = _complete_versions(path)
     if versions:
@@ -285,7 +288,7 @@ def _find_path(path) -> _Source:
 
 def _find_name(text) -> _Source:
     name, _, suffix = text.partition("@")
-    if "@" in text and not re.fullmatch(r"[1-9][0-9]*", suffix):
+    if "@" in text and not re.fullmatch(VERSION, suffix):
         raise EtfzooError(f"{text}: what follows @ must be a version number")
     version = int(suffix) if suffix else None
     known = index.read()

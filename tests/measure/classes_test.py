@@ -92,8 +92,8 @@ def test_a_part_is_said_and_a_whole_is_the_model_itself(source, monkeypatch):
     [
         (
             ("ant", "bee", "dog"),
-            r"the model has 3 classes, .* has 3, others \(dog, ant, bee; cat, ant, bee\): fine-tune "
-            r"the model on this data set first, or pass `ignore_class_names` if they are",
+            r"the model has 3 classes, .* has 3, others \(dog, ant, bee; cat, ant, bee\): "
+            r"fine-tune the model on this data set first, or pass `ignore_class_names` if they are",
         ),
         (("ant", "bee"), r"has 2 classes, .* has 3, others \(ant, bee; cat, ant, bee\): fine-tune"),
         (("ant", "ant", "bee"), "others"),

@@ -212,6 +212,8 @@ def _is_listed(pending) -> bool:
 
 def _restore_card(staging, pending) -> None:
     readme = staging.parent / pending["name"] / card.NAME
+    if _text_of(readme) == pending["card"]:
+        return
     if pending["card"] is not None:
         files.write_text(readme, pending["card"])
     else:

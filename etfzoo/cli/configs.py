@@ -86,6 +86,10 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
         spec = etfzoo.spec(handle)
         known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}
         known |= {"mean": spec.mean, "std": spec.std}
+        if "keep_head" in FLAGS and FLAGS["keep_head"].value and spec.head:
+            known["head"] = spec.head
+            if spec.head == "etf":
+                known |= {"feature_norm": spec.feature_norm, "scale": spec.scale}
     known |= {"learning_rate": learning_rates[0]} if learning_rates else {}
     known |= {"weight_decay": weight_decays[0]} if weight_decays else {}
     return train_config("finetune", **known)

@@ -44,9 +44,11 @@ def check(config: TrainConfig, workdir) -> None:
             )
         differences = there.differences(config)
         if differences:
+            longer = workdir.finished and config.epochs > there.epochs
+            further = "; to train its model further, fine-tune that with `keep_head`"
             raise EtfzooError(
                 f"{workdir} holds a run with other settings ({'; '.join(differences[:4])}); "
-                "choose another `workdir` or delete it"
+                f"choose another `workdir` or delete it{further if longer else ''}"
             )
         return
     state = _last_state(workdir)

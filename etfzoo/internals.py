@@ -187,6 +187,26 @@ def slurm_tasks(nodes: str, tasks_per_node: str) -> list[tuple[str, int]]:
     return list(zip(slurm.expand_hostlist(nodes), counts, strict=True))
 
 
+@contextlib.contextmanager
+def forgetting_gradients():
+    """Lets go of the custom gradients of all graphs that are traced inside.
+
+    TensorFlow registers each under a name of its own, for ever, and with it the graph and all
+    variables that it reads: weights and velocities of each training of a process. No public way
+    takes one back. Graphs traced inside cannot be differentiated afterwards.
+    """
+    from tensorflow.python.framework import ops
+
+    known = ops.gradient_registry._registry
+    before = set(known)
+    try:
+        yield
+    finally:
+        for name in set(known) - before:
+            if name.startswith("CustomGradient-"):
+                del known[name]
+
+
 # Keras.
 
 

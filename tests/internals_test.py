@@ -4,12 +4,14 @@ A test that fails with a new version names what has moved. Some also try to do w
 works too, the function of `etfzoo.internals` can go.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import keras
 import numpy as np
@@ -288,3 +290,23 @@ def test_a_child_is_told_to_end_when_its_parent_is_killed():
         parent.send_signal(signal.SIGKILL)
         # It ends when the child has ended as well.
         assert parent.stdout.read() == "told to end\n"
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_forgotten_gradients_let_go_of_their_variables(forgotten):
+    """Without `forgetting_gradients` TensorFlow keeps them: where it does not, that can go."""
+
+    @tf.custom_gradient
+    def square(x, weights):
+        return x * weights, lambda dy: (dy * weights, dy * x)
+
+    def traced():
+        weights = tf.Variable([2.0])
+        step = tf.function(lambda x: square(x, weights.value()))
+        assert step(tf.constant(3.0)).numpy() == 6
+        return weakref.ref(step.get_concrete_function(tf.TensorSpec([], tf.float32)).graph)
+
+    with internals.forgetting_gradients() if forgotten else contextlib.nullcontext():
+        graph = traced()
+    gc.collect()
+    assert (graph() is None) == forgotten

@@ -132,10 +132,12 @@ def _as_a_process(argv, cwd):
 
 
 def check_ending(recipe, ended, code, out, err):
-    """What a recipe printed, once it ended with `code`. A bad end must be one line."""
+    """What a recipe printed, once it ended with `code`. A bad end must be one line, the last."""
     assert ended == code, f"{recipe} ended with {ended}:\n{out}\n{err}"
     if code == 2:
-        assert err.startswith("error: ") and err.count("\n") == 1, err
+        *warnings, line = err.splitlines()
+        assert line.startswith("error: ") and "Traceback" not in err, err
+        assert not any(warning.startswith("error: ") for warning in warnings), err
     return out + err
 
 

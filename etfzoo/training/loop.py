@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import files
+from etfzoo import files, internals
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.measure import accuracy, features, neural_collapse
@@ -85,7 +85,8 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
         with exit_if_worker_lost(strategy):
             seen = config.results_in() | {"a finished run": finished is not None}
             check_agreement(strategy, seen)
-            return finished or _train(config, workdir, strategy, pretrained)
+            with internals.forgetting_gradients():
+                return finished or _train(config, workdir, strategy, pretrained)
 
 
 def _train(config, workdir, strategy, pretrained):

@@ -267,7 +267,7 @@ def test_the_etf_kernel_never_moves(finished, config):
 
 
 def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path):
-    wild = dataclasses.replace(config, learning_rate=1e30, warmup_epochs=0.0)
+    wild = dataclasses.replace(config, learning_rate=1e6, warmup_epochs=0.0)
     with pytest.raises(TrainingDiverged, match="lower `learning_rate`"):
         loop.train_and_evaluate(wild, tmp_path)
     for path in checkpoint.CheckpointManager(tmp_path).paths():
@@ -288,7 +288,7 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
         ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),
-        ({"cutmix": -1.0}, "cutmix must be at least 0"),
+        ({"cutmix": -1.0}, "cutmix must be between 0 and"),
         ({"rand_augment": 11}, "rand_augment must be between 0 and 10"),
         ({"ema": 1.0}, "ema must be between 0 and 0.9999999"),
         ({"init": "rn50_eft"}, "unknown model 'rn50_eft'; did you mean rn50_etf"),

@@ -49,6 +49,7 @@ class Pictures(Source):
 
 
 PICTURES = Pictures("pictures", ROW, tuple("abcde"))
+READABLE = dataclasses.replace(PICTURES, name="readable pictures")
 
 
 class Calls(dict):
@@ -76,11 +77,12 @@ class Calls(dict):
 class Images:
     """A pipeline or a cache that gives no images; notes which were asked for."""
 
-    def __init__(self, calls, side, corrupt=()):
-        self.calls, self.side, self.corrupt, self.batch_size = calls, side, corrupt, 12
+    def __init__(self, calls, side, source=None):
+        self.calls, self.side, self.batch_size = calls, side, 12
+        self.lost = 2 if source is READABLE else 0
 
     def size(self, split):
-        return SIZES[split] - len(self.corrupt)
+        return SIZES[split] - self.lost
 
     def at_size(self, height, width):
         assert height == width
@@ -169,8 +171,8 @@ def spied_run(config, workdir, patch):
     replace(build, "replace_head", lambda a: network(calls))
     patch.setattr("etfzoo.training.build.load", lambda handle: f"model {handle}")
     replace(build.initialization, "initialize")
-    replace(build, "find_corrupt", lambda a: {7: "seven.png", 9: "nine.png"})
-    replace(build, "Pipeline", lambda a: Images(calls, a["height"], a["corrupt"]))
+    replace(build, "readable", lambda a: READABLE)
+    replace(build, "Pipeline", lambda a: Images(calls, a["height"], a["source"]))
     replace(build, "Augmentation", Augmentation)
     replace(build, "Mixing", build.Mixing)
     replace(keras.optimizers, "SGD", keras.optimizers.SGD)
@@ -280,8 +282,8 @@ SEEN = {
         [10, 12, 16, 22, 24, 28, 36, 36, 42, 42],
     ),
     "skip_corrupt": lambda run: (
-        (run.all("find_corrupt", "splits"), run.all("Pipeline", "corrupt")),
-        ([("fit", "select")], [(7, 9)]),
+        (run["readable"], run.all("Pipeline", "source")),
+        ([{"source": PICTURES, "path": run.workdir.corrupt, "write": True}], [READABLE]),
     ),
 } | dict.fromkeys(
     ("learning_rate", "learning_rate_scaling", "schedule", "warmup_epochs", "step_epochs",
@@ -341,7 +343,7 @@ def test_a_deterministic_run_leaves_xla_off(tmp_path, monkeypatch):
     calls = spied_run(TrainConfig(**(CHANGED | plain)), tmp_path, monkeypatch)
     assert set(calls.all("Stepper", "jit_compile")) == {False}
     assert calls.all("set_determinism", "deterministic") == [True]
-    assert not {"device_cache", "WeightAverage", "use_full_float32", "find_corrupt"} & set(calls)
+    assert not {"device_cache", "WeightAverage", "use_full_float32", "readable"} & set(calls)
     assert type(calls["Stepper"][0]["optimizer"]) is SGD
     assert calls.all("build_classifier", "dtype") == ["float32"]
     assert calls.all("training", "split") == ["fit"] * 7  # by way of the pipeline
@@ -359,21 +361,6 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
         "class_names": tuple("abcde"), "dtype": "mixed_float16",
     }  # fmt: skip
     assert not {"build_classifier", "initialize"} & set(calls)
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_corrupt_images_are_looked_for_once_where_there_is_a_workdir(tmp_path, monkeypatch, kept):
-    calls = Calls()
-    found = calls.spy("find_corrupt", build.find_corrupt, lambda a: {7: "seven.png", 9: "x.png"})
-    monkeypatch.setattr(build, "find_corrupt", found)
-    monkeypatch.setattr(build, "Pipeline", lambda *args: Images(calls, *args[2:3], args[7]))
-    config, workdir = TrainConfig(**CHANGED), Workdir(tmp_path) if kept else None
-    for _ in range(2):
-        pipeline = build.make_pipeline(config, PICTURES, network(calls), workdir)
-        assert pipeline.corrupt == (7, 9)
-    assert calls.all("find_corrupt", "splits") == [("fit", "select")] * (1 if kept else 2)
-    if kept:
-        assert json.loads(workdir.corrupt.read_text()) == {"7": "seven.png", "9": "x.png"}
 
 
 def test_a_batch_at_least_and_something_to_evaluate_on(monkeypatch):

@@ -187,9 +187,9 @@ def make_directory(path) -> Path:
     return path
 
 
-def remove_temporaries(directory) -> None:
-    """Deletes what a killed process left half-written by `atomic`."""
-    for path in Path(directory).glob(".*.tmp"):
+def remove_temporaries(directory, name: str = "*") -> None:
+    """Deletes what a killed process left half-written by `atomic`, of one file or of all."""
+    for path in Path(directory).glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
 

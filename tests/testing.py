@@ -186,15 +186,17 @@ def held_by_another_process(folder):
         process.communicate()
 
 
-def randomize(model, seed=0, fixed=False):
-    """Brings a model into a state that no initializer gives; an ETF's kernel only if `fixed`."""
+def randomize(model, seed=0):
+    """Brings a model into a state that no initializer gives, but for the kernel of an ETF."""
     rng = np.random.default_rng(seed)
     for v in model.variables:
-        if v.path == "logits/kernel" and not v.trainable and not fixed:
+        if v.path == "logits/kernel" and not v.trainable:
             continue
         noise = rng.normal(size=v.shape)
         if v.name in ("gamma", "moving_variance"):
             v.assign(np.abs(1 + 0.2 * noise))
+        elif v.name == "moving_covariance":
+            v.assign(noise @ np.swapaxes(noise, -1, -2) / v.shape[-1])
         elif v.name == "kernel":
             v.assign(noise * np.sqrt(2 / np.prod(v.shape[:-1])))
         else:
@@ -229,7 +231,7 @@ def small_disk(path, size):
 
 
 def make_classifier(head="etf", seed=1, backbone="rn18", **changes):
-    """A small classifier in a state that no initializer gives: every variable is random."""
+    """A small classifier in a state that no initializer gives."""
     import etfzoo
 
     spec = {"input_shape": (SIDE, SIDE, 3), "mean": (120.0, 110, 100), "std": (50.0, 60, 70)}
@@ -239,7 +241,7 @@ def make_classifier(head="etf", seed=1, backbone="rn18", **changes):
         spec |= {"class_names": CLASS_NAMES}
     spec |= {"num_classes": len(CLASS_NAMES) if head is not None else None} | changes
     model = etfzoo.build_classifier(backbone, head=head, **spec)
-    randomize(model, seed, fixed=True)
+    randomize(model, seed)
     return model
 
 

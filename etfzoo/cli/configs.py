@@ -1,14 +1,17 @@
 """From flags to what the library takes, and what the commands print alike."""
 
 import dataclasses
+import hashlib
 import os
 import shlex
+from pathlib import Path
 
 import etfzoo
 from etfzoo.cli.flags import FLAGS, as_flags
 from etfzoo.data.datasets import DATASETS
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
+from etfzoo.workdir import Workdir, folder_name
 
 
 def open_strategy(settings):
@@ -84,6 +87,10 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
         spec = etfzoo.spec(handle)
         known = {"init": handle, "backbone": spec.backbone, "norm": spec.norm}
         known |= {"mean": spec.mean, "std": spec.std}
+        if "keep_head" in FLAGS and FLAGS["keep_head"].value and spec.head:
+            known["head"] = spec.head
+            if spec.head == "etf":
+                known |= {"feature_norm": spec.feature_norm, "scale": spec.scale}
     known |= {"learning_rate": learning_rates[0]} if learning_rates else {}
     known |= {"weight_decay": weight_decays[0]} if weight_decays else {}
     return train_config("finetune", **known)
@@ -103,6 +110,41 @@ def print_next(command, **flags):
     """Suggests a command, quoted as a shell needs it; flags without a value are left out."""
     given = [f"--{name}={value}" for name, value in flags.items() if value]
     print(f"next: {shlex.join(['python', f'recipes/{command}.py', *given])}", flush=True)
+
+
+def report_place(command, handle, *data) -> str:
+    """Where the report of a command has its place unless a flag says where.
+
+    Args:
+        command: that makes it.
+        handle: of the model; None of none.
+        *data: names of what it is about: data set, splits.
+    """
+    parts = ["runs", command, folder_name("_".join(data))]
+    if handle:
+        parts.insert(2, model_label(handle))
+    return os.path.join(*parts)
+
+
+def model_label(handle) -> str:
+    """A name that tells a model from all others, as part of a path.
+
+    It is `<name>@<version>`. A folder's version has the start of its hash behind it; that of a
+    workdir is the start of its run's id, which is drawn when the run begins.
+    """
+    from etfzoo.training import identity
+    from etfzoo.zoo import manifest
+
+    path = Path(handle).absolute()
+    if Workdir(path).is_run:
+        run = identity.run_of(path) or hashlib.sha256(os.fsencode(path)).hexdigest()
+        return folder_name(f"{path.name}@{run[:8]}")
+    found = etfzoo.info(handle)
+    version = str(found["version"] or path.name)
+    listing = Path(found["path"]) / manifest.NAME
+    if path.exists() and listing.exists():  # there may be others of that name elsewhere
+        version += f"-{manifest.sha256(listing)[:8]}"
+    return folder_name(f"{found['name']}@{version}")
 
 
 def image_arguments(arguments):

@@ -3,10 +3,9 @@
   python recipes/evaluate.py --model=runs/my_run --dataset=oxford_flowers102
   python recipes/evaluate.py --model=rn50_etf --dataset=folder:photos --split=test --output=report
 
-Writes metrics.json, per_class.csv and confusion.png. Takes seconds to minutes.
+Writes metrics.json, per_class.csv and confusion.png, by default into a folder below runs/evaluate
+that names the model, its version, the data set and the split. Takes seconds to minutes.
 """
-
-import os
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
@@ -27,14 +26,16 @@ def main():
         model = etfzoo.load(FLAGS.model)
     with exit_if_worker_lost(strategy):
         source = chief_first(strategy, lambda: configs.open_source(FLAGS.dataset))
-        predictions = accuracy.evaluate(model, source, FLAGS.split, FLAGS.batch_size, strategy)
+        predictions = accuracy.evaluate(
+            model, source, FLAGS.split, FLAGS.batch_size, strategy, FLAGS.ignore_class_names
+        )
         wait_for_all(strategy)
     if not is_chief(strategy):
         return
     metrics = accuracy.summary(predictions, source.num_classes)
     low, high = accuracy.binomial_interval(metrics["top1"], metrics["examples"])
     output = files.make_directory(
-        FLAGS.output or f"runs/evaluate/{os.path.basename(FLAGS.model.rstrip('/'))}"
+        FLAGS.output or configs.report_place("evaluate", FLAGS.model, FLAGS.dataset, FLAGS.split)
     )
     accuracy.write_report(output, predictions, source.class_names, metrics)
     plots.confusion_png(
@@ -54,7 +55,13 @@ def run():
     """Defines the flags and runs the command."""
     flags.model_flag()
     flags.data_flags("imagenet2012")
-    flags.string("Data", "split", "test", "a split, or a role: train, fit, select or test")
+    flags.class_names_flag()
+    flags.string(
+        "Data",
+        "split",
+        "test",
+        "a split, or a role: train, fit, select or test; several as train+test; all",
+    )
     flags.batch_flag(128)
     flags.strategy_flags()
     flags.path("Files", "output", None, "directory of the report (default: below runs/evaluate)")

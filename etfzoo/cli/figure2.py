@@ -44,10 +44,7 @@ def main():
     if not FLAGS.projections:
         raise etfzoo.EtfzooError(f"--projections needs one or more of {', '.join(PROJECTIONS)}")
     train, test, title = _made(random_features) if FLAGS.dataset in MADE else _extracted(etfzoo)
-    name = os.path.basename(str(FLAGS.model).rstrip("/")) + "_" if FLAGS.model else ""
-    output = files.make_directory(
-        FLAGS.output or f"runs/figure2/{name}{FLAGS.dataset.replace(':', '_').replace('/', '_')}"
-    )
+    output = files.make_directory(FLAGS.output or _place())
     inputs = random_features.standardize(train[0], test[0], per_feature=FLAGS.per_feature)
     train, test = (inputs[0], train[1]), (inputs[1], test[1])
     others = {n: f for n, f in random_features.ACTIVATIONS.items() if n != "linear"}
@@ -84,6 +81,13 @@ def main():
         for how in ("validated", "fixed"):
             print(_verdict(a2, kind, how, getattr(draws, f"mse_{how}")))
     print(f"written to {output}: figure2.png, figure2.pdf, figure2.csv, figure2.npz")
+
+
+def _place():
+    if FLAGS.dataset in MADE:
+        return configs.report_place("figure2", None, FLAGS.dataset, f"s{FLAGS.seed}")
+    size = [f"{FLAGS.image_size}px"] if FLAGS.image_size else []
+    return configs.report_place("figure2", FLAGS.model, FLAGS.dataset, *size)
 
 
 def _made(random_features):

@@ -39,13 +39,13 @@ def main():
             f"{len(FLAGS.models)} models need as many different names: pass --names=A,B,..."
         )
     target = folder_name(FLAGS.dataset)
-    output = Path(FLAGS.workdir or f"runs/figure3/{target}")
+    place = Path(FLAGS.workdir or f"runs/figure3/{target}")
     tuned = [_finetuned(handle) for handle in FLAGS.models]  # wrong workdirs fail before training
     source = configs.open_source(FLAGS.dataset)
     rows = {"fine-tuned": {}, "frozen": {}}
     table = []
     for name, handle, workdir in zip(names, FLAGS.models, tuned, strict=True):
-        workdir = workdir or _finetune(handle, output / "finetuned" / name)
+        workdir = workdir or _finetune(handle, place / "finetuned" / name)
         config = TrainConfig.load(Workdir(workdir).config)
         top1 = Workdir(workdir).read_result()["top1"]
         print(
@@ -64,6 +64,10 @@ def main():
                 [top1, config.learning_rate, config.epochs] if row != "frozen" else [""] * 3
             )
             table[-1] += [workdir if row != "frozen" else config.init]
+    output = place
+    if not FLAGS.workdir:
+        models = "+".join(map(configs.model_label, FLAGS.models))
+        output = place / folder_name(f"{models}_{FLAGS.split}")
     files.make_directory(output)
     title = f"covariance within classes C° of pooled features, {source.name} ({FLAGS.split} split)"
     figures.save(figures.covariances(rows, title), output / "figure3")

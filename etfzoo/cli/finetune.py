@@ -4,6 +4,7 @@
   python recipes/finetune.py --model=rn50_etf --dataset=cifar10 --mode=linear_probe
   python recipes/finetune.py --model=rn50_etf --dataset=cifar10 --mode=knn
   python recipes/finetune.py --model=DIR --dataset=dtd --learning_rate=0.003,0.01,0.03
+  python recipes/finetune.py --model=runs/a --keep_head --dataset=SAME --epochs=20  # goes on
 
 Several learning rates or weight decays (comma separated): each is trained on one part of the
 training data and compared on the other; the best is trained again on all of it. With --widen
@@ -63,7 +64,7 @@ def run():
     """Defines the flags and runs the command."""
     flags.model_flag()
     flags.string("Model", "mode", "full", "full, linear_probe or knn", choices=MODES)
-    flags.settings("head", head="linear")
+    flags.settings("head", "keep_head", head="linear")
     flags.training_flags("standard", "oxford_flowers102", lists=("learning_rate", "weight_decay"))
     flags.feature_cache_flag()
     flags.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")

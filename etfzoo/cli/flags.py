@@ -13,6 +13,7 @@ from absl import flags
 
 from etfzoo import files
 from etfzoo.errors import EtfzooError, shown
+from etfzoo.models.table import MAX_VERSION
 from etfzoo.training.config import (
     IMAGE_SIZES,
     MOST_IMAGES,
@@ -27,7 +28,7 @@ from etfzoo.training.protocols import PROTOCOLS, settings_of_rows
 FLAGS = flags.FLAGS
 # Settings that some protocol gives.
 FROM_PROTOCOL = settings_of_rows()
-VERSIONS = {"low": 1, "high": 2**63 - 1}  # of TF Serving
+VERSIONS = {"low": 1, "high": MAX_VERSION}
 GROUPS: dict[str, list[str]] = {}
 
 
@@ -263,6 +264,12 @@ def model_flag():
 def batch_flag(default, text="images a step, over all devices"):
     """How many images at a time."""
     integer("Machine", "batch_size", default, text, low=1, high=MOST_IMAGES)
+
+
+def class_names_flag():
+    """Whether classes of other names are meant."""
+    text = "take the data set's classes as the model's, in their order, whatever they are called"
+    boolean("Data", "ignore_class_names", False, text)
 
 
 def image_size_flag(default):

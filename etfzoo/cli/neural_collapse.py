@@ -5,7 +5,7 @@
   python recipes/neural_collapse.py --model=runs/my_run --dataset=cifar10 --ood_dataset=svhn_cropped
 
 Prints a table and writes json. What each measure is: see etfzoo/measure/neural_collapse.py. nc3 and
-nc4 compare the classifier with the class means, and need a model of as many classes as the data.
+nc4 compare the classifier with the class means, and need a model of the classes of the data.
 Splits differ in size, which nc1, nc1_ratio, cdnv and tr(C)/p depend on: of several splits the table
 has their unbiased forms, and as nc1_equal NC1 on equally many images of each class. The json has
 all.
@@ -16,7 +16,6 @@ import os
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
-from etfzoo.workdir import folder_name
 
 
 def main():
@@ -30,8 +29,9 @@ def main():
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
-    name = f"{os.path.basename(FLAGS.model.rstrip('/'))}_{folder_name(FLAGS.dataset)}"
-    output = FLAGS.output or f"runs/neural_collapse/{name}.json"
+    data = [FLAGS.dataset, *FLAGS.split]
+    data += [f"ood_{FLAGS.ood_dataset}"] if FLAGS.ood_dataset else []
+    output = FLAGS.output or f"{configs.report_place('neural_collapse', FLAGS.model, *data)}.json"
     files.destination(output)  # said before minutes of measuring
     strategy = configs.open_strategy(FLAGS)
     check_batch_size(FLAGS.batch_size, strategy)
@@ -42,19 +42,18 @@ def main():
     def load(name, split):
         source = chief_first(strategy, lambda: configs.open_source(name))
         pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
-        return extractor.load(pipeline, split, FLAGS.feature_cache or None), source.num_classes
+        return extractor.load(pipeline, split, FLAGS.feature_cache or None), source
 
     with exit_if_worker_lost(strategy):
         ood = load(FLAGS.ood_dataset, "test")[0] if FLAGS.ood_dataset else None
         sets, results = {}, {}
         for split in FLAGS.split:
-            sets[split], classes = load(FLAGS.dataset, split)
-            fits = model.spec.head is not None and model.spec.num_classes == classes
-            head = features.linear_head(model) if fits else None
-            if is_chief(strategy):
-                results[split] = features.collapse(sets[split], classes, head, ood)
+            sets[split], source = load(FLAGS.dataset, split)
         if is_chief(strategy):
-            for split, value in features.equal_nc1(sets, classes).items():
+            head = _classifier(model, source)
+            for split, found in sets.items():
+                results[split] = features.collapse(found, source.num_classes, head, ood)
+            for split, value in features.equal_nc1(sets, source.num_classes).items():
                 results[split]["nc1_equal"] = value
         wait_for_all(strategy)
     if not is_chief(strategy):
@@ -72,6 +71,25 @@ def main():
     print(f"written to {output}")
 
 
+def _classifier(model, source):
+    """The head as weights and biases in the order of the data's classes; None where it has others.
+
+    It must have these alone: the means of some of the classes are centred elsewhere.
+    """
+    import etfzoo
+    from etfzoo.measure import classes, features
+
+    why = "the data set has some of the model's classes only"
+    try:
+        places = classes.places(model.spec, source, FLAGS.ignore_class_names)
+        if len(places) == model.spec.num_classes:
+            return tuple(part[places] for part in features.linear_head(model))
+    except etfzoo.EtfzooError as error:
+        why = flags.as_flags(str(error))
+    print(f"nc3 and nc4 are left out: {why}", flush=True)
+    return None
+
+
 def _text(value):
     if isinstance(value, list):
         return f"{len(value)} classes" if value else "none"
@@ -82,6 +100,7 @@ def run():
     """Defines the flags and runs the command."""
     flags.model_flag()
     flags.data_flags("imagenet2012")
+    flags.class_names_flag()
     flags.strings("Data", "split", "train,test", "splits or roles (train, fit, select, test)")
     flags.string("Data", "ood_dataset", None, "other data, whose test split nc5 compares with")
     flags.batch_flag(128)

@@ -4,9 +4,10 @@
   python recipes/publish.py --workdir=runs/flowers --name=rn18_etf.flowers --models_dir=zoo \\
     --index=zoo/index.json --url=https://example.org/zoo
 
-The version is loaded back and its logits are compared bit for bit before it gets its place. An
-existing version is never overwritten. ETFZOO_INDEX=zoo/index.json makes the second one loadable by
-its name wherever that file is. An entry without --url is for models that come with a checkout:
+The version is read back and compared with the model before it gets its place. An existing version
+is never overwritten. Stopped at any point, the same command again finishes it.
+ETFZOO_INDEX=zoo/index.json makes the second one loadable by its name wherever that file is. An
+entry without --url is for models that come with a checkout:
 
   python recipes/publish.py --workdir=runs/rn18 --name=rn18_etf.tiny100_64 --storage=float16 \\
     --index=etfzoo/zoo/index.json
@@ -22,7 +23,7 @@ from etfzoo.models.table import STORAGES
 def main():
     import etfzoo
     from etfzoo.training import publish_run
-    from etfzoo.zoo import index, manifest
+    from etfzoo.zoo import index, manifest, publication
 
     if bool(FLAGS.workdir) == bool(FLAGS.model):
         raise etfzoo.EtfzooError("say what to publish: --workdir=DIR or --model=HANDLE, not both")
@@ -45,13 +46,13 @@ def main():
     )
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
-        f"published {folder} ({size / 1e6:.1f} MB); loaded back, its logits are the same bit for "
+        f"published {folder} ({size / 1e6:.1f} MB); read back, its weights are the same bit for "
         f"bit\ncard: {folder.parent / 'README.md'}"
     )
     if FLAGS.index:
         print(f"index: {FLAGS.index}")
     if FLAGS.url:
-        address = publish_run.address(FLAGS.url, FLAGS.name, folder.name)
+        address = publication.address(FLAGS.url, FLAGS.name, folder.name)
         pin = manifest.sha256(folder / manifest.NAME)
         print(f"address: {address}#sha256={pin}")
     code = f"import etfzoo; print(etfzoo.info({str(folder)!r}))"

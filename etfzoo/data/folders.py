@@ -28,12 +28,14 @@ class _FolderSource(Source):
     files: Mapping[str, tuple[tuple[str, int], ...]]
 
     def _files(self, split):
-        split = self.split(split)
-        if split not in self.files:
-            raise EtfzooError(
-                f"{self.root} has no split {split!r}; it has: {', '.join(self.files)}"
-            )
-        return self.files[split]
+        parts = list(self.files) if split == "all" else split.split("+")
+        for part in parts:
+            if part not in self.files:
+                raise EtfzooError(
+                    f"{self.root} has no split {part!r}; it has: {', '.join(self.files)}, and all "
+                    "or several with + between them"
+                )
+        return tuple(dict.fromkeys(item for part in parts for item in self.files[part]))
 
     def fingerprint(self):
         found = super().fingerprint()

@@ -11,7 +11,7 @@ import numpy as np
 
 from etfzoo import files
 from etfzoo.data.pipeline import evaluation_pipeline
-from etfzoo.errors import EtfzooError
+from etfzoo.measure import classes
 from etfzoo.progress import Progress
 from etfzoo.runtime import backend
 from etfzoo.runtime.strategy import check_batch_size, get_strategy, is_chief
@@ -44,9 +44,17 @@ def predict(step, batches, progress: Progress | None = None) -> Predictions:
 
 
 def evaluate(
-    model, source, split: str = "test", batch_size: int = 128, strategy=None
+    model,
+    source,
+    split: str = "test",
+    batch_size: int = 128,
+    strategy=None,
+    ignore_class_names: bool = False,
 ) -> Predictions:
     """Predictions of a classifier on a split of a data set, at the model's own image size.
+
+    Classes are matched by name, and all numbers of classes are the data set's. Of a data set with
+    some of the model's classes the model chooses among these, see `etfzoo.measure.classes`.
 
     Args:
         model: the classifier, built under `strategy.scope()`.
@@ -55,19 +63,17 @@ def evaluate(
         batch_size: images a step, over all devices.
         strategy: see `etfzoo.runtime.strategy.get_strategy`; None is one device. Every worker gets
             all predictions.
+        ignore_class_names: whether classes with other names are taken as the same ones.
 
     Raises:
-        EtfzooError: the model has no head, or another number of classes than the data; or an
-            image cannot be decoded.
+        EtfzooError: the model has no head, or the data set has classes that the model does not;
+            or an image cannot be decoded.
     """
-    if model.spec.head is None or model.spec.num_classes != source.num_classes:
-        raise EtfzooError(
-            f"the model has {model.spec.num_classes} classes, data set {source.name} has "
-            f"{source.num_classes}; fine-tune it on this data set first"
-        )
+    places = classes.places(model.spec, source, ignore_class_names)
     pipeline = evaluation_pipeline(model.spec, source, batch_size)
     strategy = strategy or get_strategy("one_device")
     check_batch_size(batch_size, strategy)
+    network = classes.on_classes(model, places)
     progress = Progress(
         f"evaluating {source.name} ({split})",
         -(-source.size(split) // batch_size),
@@ -75,7 +81,9 @@ def evaluate(
     )
     with pipeline.naming_corrupt_records(split):
         batches = backend.distribute(strategy, lambda share: pipeline.evaluation(split, share))
-        predictions = predict(backend.evaluation_step(model, strategy=strategy), batches, progress)
+        predictions = predict(
+            backend.evaluation_step(network, strategy=strategy), batches, progress
+        )
     progress.finish()
     return predictions
 

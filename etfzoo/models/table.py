@@ -42,3 +42,6 @@ def get_backbone(name: str) -> Backbone:
 
 # How a published model stores its kernels.
 STORAGES = ("float32", "float16")
+# Numbers of published versions, as folders are named; TF Serving's are int64.
+VERSION = "[1-9][0-9]{0,18}"
+MAX_VERSION = 2**63 - 1

@@ -1,6 +1,9 @@
 """The parts of a run from its configuration: model, pipeline, optimizer and step."""
 
+import dataclasses
+
 import keras
+import numpy as np
 
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing
@@ -8,7 +11,8 @@ from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.readable import readable
 from etfzoo.data.source import Source
 from etfzoo.errors import EtfzooError
-from etfzoo.models import initialization
+from etfzoo.measure import classes
+from etfzoo.models import initialization, weights
 from etfzoo.models.classifier import ImageClassifier, build_classifier, replace_head
 from etfzoo.runtime import backend
 from etfzoo.training import schedules
@@ -63,6 +67,8 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
     try:
         if config.init is not None:
             start = pretrained() if pretrained else load(config.init)
+            if config.keep_head:
+                return _with_its_head(start, source, config, common)
             return replace_head(start, source.num_classes, config.head, **common)
         model = build_classifier(
             config.backbone,
@@ -78,6 +84,32 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
     except ValueError as error:  # no ETF of these sizes
         raise EtfzooError(str(error)) from error
     initialization.initialize(model, config.initializer, config.zero_gamma, config.seed)
+    return model
+
+
+def _with_its_head(start, source, config, common) -> ImageClassifier:
+    """A copy of the model with its head, whose classes come in the order of the data set."""
+    order = classes.places(start.spec, source)
+    if start.spec.head != config.head:
+        raise EtfzooError(f"the head that is kept is {start.spec.head}, not {config.head}")
+    moved = not np.array_equal(order, np.arange(start.spec.num_classes))
+    if len(order) < start.spec.num_classes or (moved and config.head == "etf"):
+        raise EtfzooError(
+            f"the head can't be kept: {source.name} has "
+            + (
+                "the classes in another order, and those of an ETF are fixed"
+                if len(order) == start.spec.num_classes
+                else "some of the model's classes only"
+            )
+            + "; leave out `keep_head` for a fresh one"
+        )
+    kept = {name: common[name] for name in ("input_shape", "crop", "class_names", "dtype")}
+    model = ImageClassifier(dataclasses.replace(start.spec, **kept, class_descriptions=None))
+    arrays = weights.as_arrays(start.variables)
+    if moved:
+        for path in ("logits/kernel", "logits/bias"):
+            arrays[path] = arrays[path][..., order]
+    weights.assign(model.variables, arrays)
     return model
 
 

@@ -86,6 +86,9 @@ class TrainConfig:
     )
     backbone: str = setting("Model", "rn50", "rn18, rn34, rn50 or rn101", choices=BACKBONES)
     head: str = setting("Model", "etf", "etf (fixed) or linear (trainable)", choices=HEADS)
+    keep_head: bool = setting(
+        "Model", False, "go on with the head of the pretrained model, for the same classes"
+    )
     norm: str = setting(
         "Model",
         "bn",
@@ -308,6 +311,10 @@ class TrainConfig:
             raise EtfzooError(
                 "initializer and zero_gamma are for training from scratch: leave them out with a "
                 "pretrained model"
+            )
+        if self.keep_head and self.init is None:
+            raise EtfzooError(
+                "keep_head goes on with the head of a pretrained model: there is none"
             )
         if self.jit_compile and self.deterministic:
             raise EtfzooError(

@@ -44,9 +44,11 @@ def check(config: TrainConfig, workdir) -> None:
             )
         differences = there.differences(config)
         if differences:
+            longer = workdir.finished and config.epochs > there.epochs
+            further = "; to train its model further, fine-tune that with `keep_head`"
             raise EtfzooError(
                 f"{workdir} holds a run with other settings ({'; '.join(differences[:4])}); "
-                "choose another `workdir` or delete it"
+                f"choose another `workdir` or delete it{further if longer else ''}"
             )
         return
     state = _last_state(workdir)
@@ -93,6 +95,11 @@ def claim(config: TrainConfig, workdir, data: dict) -> dict:
     files.write_text(workdir.config, json.dumps(document, indent=2) + "\n")
     files.write_text(workdir.data, json.dumps(data, indent=2) + "\n")
     return identity
+
+
+def run_of(workdir) -> str | None:
+    """The id of a workdir's run; None of one that was made before there were any."""
+    return files.read_json(Workdir(workdir).config).get(_RUN)
 
 
 def check_state(identity: dict, state: dict, workdir) -> None:

@@ -5,11 +5,7 @@ import dataclasses
 import os
 import re
 import shlex
-import shutil
-import uuid
 from pathlib import Path
-
-import numpy as np
 
 from etfzoo import files
 from etfzoo.data import sources
@@ -23,11 +19,10 @@ from etfzoo.progress import notify
 from etfzoo.runtime import hardware
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
-from etfzoo.zoo import card, index, manifest, saved_model
+from etfzoo.zoo import index, publication
 from etfzoo.zoo.handles import info
 from etfzoo.zoo.load import load
-from etfzoo.zoo.metadata import read_metadata, version_folders
-from etfzoo.zoo.publish import check_backend, publish
+from etfzoo.zoo.publish import check_backend
 
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
 
@@ -47,17 +42,18 @@ def publish_run(
     default: bool = False,
     data_dir=None,
 ) -> Path:
-    """Publishes a trained model as `<models_dir>/<name>/<version>/` and checks what was written.
+    """Publishes a trained model as `<models_dir>/<name>/<version>/`, with card and index entry.
 
-    The version is loaded back and must give the same logits bit for bit before it gets its place;
-    then `<models_dir>/<name>/README.md` becomes its card, and the index gets its entry. Where one
-    of these fails nothing is left.
+    The version is read back and compared with the model before it gets its place (see
+    `etfzoo.publish`); then `<models_dir>/<name>/README.md` becomes its card, and the index gets
+    its entry. Where one of these fails nothing is left. Killed at any point, the same call again
+    finishes it (see `etfzoo.zoo.publication`).
 
     Args:
         source: the workdir of a finished training, or a handle of `etfzoo.load`.
         name: full name, `<backbone>_<method>.<tag>`.
         models_dir: folder of the models.
-        version: None is one above the highest that exists.
+        version: None is one above the highest that exists, in the folder and in the index.
         licence: licence of the weights; None is the published one of a handle, and for a workdir
             the terms of the images that the weights were made from.
         intended_use, limits: what the card says that the model is good for and not good for; None
@@ -77,7 +73,8 @@ def publish_run(
     Raises:
         EtfzooError: another backend than TensorFlow, an unfinished training, a name that does not
             fit the model, a version that exists, images whose terms are not known and no
-            `licence`, or something that cannot be written.
+            `licence`, an address that could not be loaded, a model that is not what it should be
+            (see `etfzoo.publish`), or something that cannot be written.
     """
     check_backend()
     backbone, method, tag = index.check_name(name)
@@ -90,86 +87,10 @@ def publish_run(
     licence = licence or known_licence or _licence(provenance)
     stated = {"intended_use": intended_use, "limits": limits}
     provenance |= {field: text for field, text in stated.items() if text}
-    folder = files.make_directory(models_dir) / name
-    known = version_folders(folder)
-    version = max(known, default=0) + 1 if version is None else version
-    if version in known:
-        raise EtfzooError(f"{folder / str(version)} already exists; choose another `version`")
-
-    staging = folder.parent / f".publish-{uuid.uuid4().hex[:8]}"
-    target, carded = None, False
-    readme = folder / card.NAME
-    old_card = readme.read_text("utf-8") if readme.exists() else None
-    try:
-        written = publish(
-            model,
-            staging / name,
-            version,
-            provenance=provenance,
-            metrics=metrics,
-            licence=licence,
-            storage=storage,
-        )
-        check(model, written, storage)
-        files.make_directory(folder)
-        try:
-            os.rename(written, folder / str(version))
-        except OSError as e:
-            raise EtfzooError(f"cannot write {folder / str(version)}: {e.strerror or e}") from e
-        target = folder / str(version)
-        files.write_text(readme, card.read(target))
-        carded = True
-        if index_path is not None:
-            entry = _entry(target, [address(url, name, version)] if url else [])
-            index.add(index_path, name, version, _row(target, licence), entry, default)
-    except BaseException:
-        if target is not None:
-            shutil.rmtree(target, ignore_errors=True)
-        if carded and old_card is not None:
-            files.write_text(readme, old_card)
-        elif carded:
-            readme.unlink()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return target
-
-
-def address(url: str, name: str, version) -> str:
-    """Where a version is found below the address of a models folder."""
-    return f"{url.rstrip('/')}/{name}/{version}"
-
-
-def check(model: ImageClassifier, folder, storage: str = "float32") -> None:
-    """Compares a published version with the model in memory, bit for bit.
-
-    With float16 storage it is compared with the model whose weights are rounded to float16.
-
-    Raises:
-        EtfzooError: a weight or a logit differs.
-    """
-    loaded = load(Path(folder))
-    expected = weights.as_arrays(model.variables)
-    for path, array in expected.items():
-        stored = array.astype(saved_model.stored_dtype(path, str(array.dtype), storage))
-        expected[path] = stored.astype(array.dtype)
-    found = weights.as_arrays(loaded.variables)
-    different = [path for path, a in expected.items() if not np.array_equal(a, found.get(path))]
-    if different or found.keys() != expected.keys():
-        raise EtfzooError(
-            f"{folder} was not written as it should be: {len(different)} weights differ, "
-            f"{', '.join(different[:3])}; please report this"
-        )
-    twin = model
-    if storage != "float32":
-        twin = ImageClassifier(model.spec)
-        weights.assign(twin.variables, expected)
-    shape = [n or 224 for n in model.spec.input_shape]
-    images = np.random.default_rng(0).uniform(0, 255, (4, *shape)).astype("float32")
-    if not np.array_equal(np.asarray(twin(images)), np.asarray(loaded(images))):
-        raise EtfzooError(f"{folder} gives other logits than the model; please report this")
+    details = {"provenance": provenance, "metrics": metrics, "licence": licence, "storage": storage}
+    entry = {"index_path": index_path, "url": url, "default": default}
+    request = {"source": os.path.abspath(source), "version": version} | details | entry
+    return publication.make(model, name, models_dir, version, request=request, **details, **entry)
 
 
 def _read_source(source, data_dir):
@@ -274,30 +195,3 @@ def _check_name_fits(name, spec, backbone, method):
             f"{name} is no name for this model: it is a {spec.backbone} with {spec.norm} and the "
             f"{spec.head} head (etf and sw may have got a linear head by fine-tuning)"
         )
-
-
-def _row(folder, licence) -> dict:
-    metadata = read_metadata(folder)
-    spec, provenance = metadata["spec"], metadata.get("provenance") or {}
-    if spec.head is None or None in spec.input_shape:
-        raise EtfzooError("a model without head or with an open image size has no index entry")
-    return {
-        "dataset": provenance.get("dataset") or card.UNKNOWN,
-        "num_classes": spec.num_classes,
-        "input_shape": list(spec.input_shape),
-        "head": spec.head,
-        "command": provenance.get("command") or card.UNKNOWN,
-        "metrics": metadata.get("metrics") or {},
-        "licence": licence,
-    }
-
-
-def _entry(folder, urls) -> dict:
-    metadata = read_metadata(folder)
-    listing = manifest.read(folder) | {manifest.NAME: manifest.entry_of(folder / manifest.NAME)}
-    return {
-        "urls": urls,
-        "files": manifest.as_json(listing),
-        "metrics": metadata.get("metrics") or {},
-        "created": metadata.get("created"),
-    }

@@ -171,6 +171,8 @@ class _Frozen:
             raise EtfzooError(f"{what} needs a pretrained model and `head=linear`")
         if config.strategy not in ("auto", "one_device"):
             raise EtfzooError(f"{what} runs on one device: leave out `strategy`")
+        if config.keep_head:
+            raise EtfzooError(f"{what} makes a head of its own: leave out `keep_head`")
         identity.check(config, workdir)
         finished = Workdir(workdir).usable_result()
         if finished is not None:

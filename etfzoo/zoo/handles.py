@@ -27,7 +27,7 @@ from pathlib import Path
 from etfzoo import files
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models.spec import ClassifierSpec
-from etfzoo.models.table import METHODS
+from etfzoo.models.table import METHODS, VERSION
 from etfzoo.progress import notify
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import cache, card, index, manifest
@@ -193,7 +193,7 @@ def _find_address(handle) -> Source:
 
     folder = cache.fetch_url(handle, try_out=load)
     *parents, last = cache.parse_handle(handle)[0].partition("@")[0].split("/")
-    version = int(last) if last.isdecimal() else None
+    version = int(last) if re.fullmatch(VERSION, last) else None
     return Source(last if version is None else parents[-1], version, folder=folder)
 
 
@@ -201,7 +201,7 @@ def _find_path(path) -> Source:
     if not path.exists():
         raise EtfzooError(f"no such folder: {path}")
     if (path / "saved_model.pb").exists():
-        version = int(path.name) if path.name.isdecimal() else None
+        version = int(path.name) if re.fullmatch(VERSION, path.name) else None
         return Source(path.absolute().parent.name, version, folder=_verified(path))
     versions = _complete_versions(path)
     if versions:
@@ -217,7 +217,7 @@ def _find_path(path) -> Source:
 
 def _find_name(text) -> Source:
     name, _, suffix = text.partition("@")
-    if "@" in text and not re.fullmatch(r"[1-9][0-9]*", suffix):
+    if "@" in text and not re.fullmatch(VERSION, suffix):
         raise EtfzooError(f"{text}: what follows @ must be a version number")
     version = int(suffix) if suffix else None
     known = index.read()

@@ -16,16 +16,18 @@ checked against the hashes in it (see `etfzoo.zoo.cache`), and nothing checks it
                     size}}, files.json among them, `metrics`, `created`
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from etfzoo import files
+from etfzoo import files, locks
 from etfzoo.errors import EtfzooError, first_line
-from etfzoo.models.table import BACKBONES, METHODS
+from etfzoo.models.table import BACKBONES, MAX_VERSION, METHODS, VERSION
 from etfzoo.zoo import manifest, transport
 
 FORMAT = 2
@@ -105,19 +107,27 @@ def add(path, name: str, version: int, row: dict, published: dict, default: bool
     Args:
         path: the file.
         name: full name of the model.
-        version: number that the index does not have yet.
+        version: number that the index does not have yet, or has with just this entry.
         row: the fields of the model but for `tag` and `versions`.
         published: the fields of the version.
         default: whether the tag becomes the default one.
 
     Raises:
-        EtfzooError: the version is there already, or the result would be no valid index.
+        EtfzooError: another version of that number is there, another process adds to the file just
+            now, or the result would be no valid index.
     """
+    with _alone(path):
+        _add(path, name, version, row, published, default)
+
+
+def _add(path, name, version, row, published, default):
     empty: dict = {"format": FORMAT, "index_version": 0, "defaults": {}, "models": {}}
     document = _document(path) if os.path.lexists(path) else empty
     _checked(document, path)
     tag = name.partition(".")[2]
     versions = document["models"].get(name, {}).get("versions", {})
+    if versions.get(str(version)) == published:
+        return
     if str(version) in versions:
         raise EtfzooError(f"{path} has a version {version} of {name} already; choose another one")
     versions = versions | {str(version): published}
@@ -128,6 +138,17 @@ def add(path, name: str, version: int, row: dict, published: dict, default: bool
     document["index_version"] += 1
     _checked(document, path)
     files.write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Keeps others from adding to an index between reading and writing it."""
+    place = Path(path).absolute()
+    lock = place.with_name(f".{place.name}.lock")
+    with locks.lock(lock, "a publication"):
+        files.remove_temporaries(place.parent, place.name)
+        yield
+        shutil.rmtree(lock, ignore_errors=True)
 
 
 def check_name(name: str) -> tuple[str, str, str]:
@@ -205,7 +226,7 @@ def _checked(document, path) -> Index:
         versions = {}
         for version, published in row["versions"].items():
             what = f"version {version[:20]} of {name}"
-            need(re.fullmatch("[1-9][0-9]{0,8}", version), what)
+            need(re.fullmatch(VERSION, version) and int(version) <= MAX_VERSION, what)
             fields = {"urls", "files", "metrics", "created"}
             need(isinstance(published, dict) and published.keys() == fields, f"fields of {what}")
             urls = published["urls"]

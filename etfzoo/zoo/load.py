@@ -8,7 +8,7 @@ from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ImageClassifier
 from etfzoo.progress import notify
-from etfzoo.zoo import index, publish
+from etfzoo.zoo import index, publish, verify
 from etfzoo.zoo.handles import fetched, find, has_address
 from etfzoo.zoo.metadata import read_metadata
 
@@ -78,11 +78,14 @@ def load(
     if model is None:
         arrays = publish.Weights(source.folder)
         _check_classes(spec, arrays.shapes, source)
+        verify.check_weights(arrays, f"the weights of {source}")
     elif target == spec and not fresh:
         return model
     else:
         arrays = weights.as_arrays(model.variables)
     result = _build(target, source)
+    if not fresh:
+        verify.check_kernel(result, arrays, f"the weights of {source}")
     skip = classifier.is_head_variable if fresh else lambda path: False
     weights.assign(result.variables, arrays, f"the weights of {source}", skip)
     return result

@@ -1,10 +1,12 @@
 """What a published version says about itself, read without Keras."""
 
+import re
 from pathlib import Path
 
 from etfzoo import files
 from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models.spec import ClassifierSpec
+from etfzoo.models.table import MAX_VERSION, VERSION
 from etfzoo.version import __version__
 
 FORMAT = 1
@@ -16,11 +18,8 @@ def version_folders(directory) -> dict[int, Path]:
     directory = Path(directory)
     if not directory.is_dir():
         return {}
-    return {
-        int(p.name): p
-        for p in directory.iterdir()
-        if p.name.isascii() and p.name.isdigit() and str(int(p.name)) == p.name and p.is_dir()
-    }
+    named = {p.name: p for p in directory.iterdir() if re.fullmatch(VERSION, p.name)}
+    return {int(name): p for name, p in named.items() if int(name) <= MAX_VERSION and p.is_dir()}
 
 
 def read_metadata(folder) -> dict:

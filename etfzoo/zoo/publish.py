@@ -24,12 +24,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from etfzoo import internals
-from etfzoo.errors import EtfzooError, first_line
+from etfzoo import internals, locks
+from etfzoo.errors import EtfzooError, first_line, shown
 from etfzoo.models.classifier import ImageClassifier
+from etfzoo.models.table import MAX_VERSION
 from etfzoo.version import __version__
-from etfzoo.zoo import card, manifest, saved_model
+from etfzoo.zoo import card, manifest, saved_model, verify
 from etfzoo.zoo.metadata import FORMAT, METADATA, read_metadata, version_folders
+
+_TEMPORARY, _REPLACED = ".publishing-", "replaced"
 
 
 def check_backend() -> None:
@@ -54,8 +57,9 @@ def publish(
 ) -> Path:
     """Writes a classifier as one SavedModel folder, `<directory>/<version>/`.
 
-    The folder appears all at once or not at all. TensorFlow and TF Serving read it as it is, and
-    `etfzoo.load` rebuilds the trainable Keras model from it. Its signatures:
+    The folder appears all at once or not at all, after what was written was read back: its weights
+    are the model's bit for bit, and it serves the model's outputs. TensorFlow and TF Serving read
+    it as it is, and `etfzoo.load` rebuilds the trainable Keras model from it. Its signatures:
 
     - `serving_default`: `images` float32 `[N, H, W, 3]`, RGB in 0..255, to `logits`,
       `probabilities` `[N, K]` and `class_ids` `[N]`.
@@ -76,7 +80,8 @@ def publish(
     Args:
         model: the classifier; TensorFlow backend.
         directory: the model's folder, e.g. `saved_models/rn18_etf.shapes`; made if needed.
-        version: a positive integer; None is one above the highest that exists.
+        version: a positive integer below 2^63, as TF Serving reads it; None is one above the
+            highest that exists.
         storage: `"float32"`, or `"float16"` for half the size: weights rounded to 11 bits.
         provenance: what the weights come from (command, dataset, config, seed); JSON values.
         metrics: results; `top1` (a share of 1) is shown by `etfzoo.load`.
@@ -88,7 +93,9 @@ def publish(
 
     Raises:
         EtfzooError: not an ImageClassifier, another backend, an existing version, values that are
-            not JSON, or a folder that cannot be written; then nothing is left behind.
+            not JSON, or a folder that cannot be written; a model that its spec does not rebuild
+            (quantized, with LoRA, with a changed layer), a head of one class, weights that are NaN
+            or infinite, negative variances. Then nothing is left behind.
 
     Examples:
         >>> import etfzoo
@@ -109,14 +116,15 @@ def publish(
         raise EtfzooError(f"{directory} is a version folder; publish to its parent")
     if version is None:
         version = max(version_folders(directory), default=0) + 1
-    if not isinstance(version, int) or version < 1:
-        raise EtfzooError(f"version must be a positive integer; got {version!r}")
+    if type(version) is not int or not 1 <= version <= MAX_VERSION:
+        raise EtfzooError(f"version must be a positive integer below 2^63; got {shown(version)}")
     target = directory / str(version)
     if target.exists() and not overwrite:
         raise _taken(target)
     metadata = _metadata_text(model, storage, provenance, metrics, licence)
+    twin = verify.rebuilt(model)
 
-    temporary = directory / f".tmp-{version}-{uuid.uuid4().hex[:8]}"
+    temporary = directory / f"{_TEMPORARY}{version}-{uuid.uuid4().hex[:8]}"
     made = []
     done = False
     try:
@@ -124,25 +132,46 @@ def publish(
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 made.append(folder)
+        tidy(directory)
         temporary.mkdir()
-        saved_model.save(model, temporary, storage)
-        (temporary / METADATA).write_text(metadata, "utf-8")
-        text = card.text(directory.absolute().name, version, read_metadata(temporary))
-        (temporary / card.NAME).write_text(text, "utf-8")
-        manifest.write(temporary)
-        _move_into_place(temporary, target, overwrite)
+        with locks.lock(temporary, "a publication"):
+            written = temporary / str(version)
+            written.mkdir()
+            saved_model.save(model, written, storage)
+            (written / METADATA).write_text(metadata, "utf-8")
+            text = card.text(directory.absolute().name, version, read_metadata(written))
+            (written / card.NAME).write_text(text, "utf-8")
+            manifest.write(written)
+            # With the list of hashes in place, so that what is checked is what it lists.
+            verify.check_written(twin, written, dict(Weights(written)), storage)
+            _move_into_place(written, target, overwrite)
         done = True
     except EtfzooError:
         raise
     except Exception as e:
         raise EtfzooError(f"could not publish to {target}: {_reason(e)}") from e
     finally:  # also after Ctrl-C, which goes on its way
+        shutil.rmtree(temporary, ignore_errors=True)
         if not done:
-            shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for folder in reversed(made):
                     folder.rmdir()
     return target
+
+
+def tidy(directory) -> None:
+    """Removes what killed publications left in a model's folder; those that go on are left alone.
+
+    A version that was moved away to be replaced is put back.
+    """
+    for temporary in Path(directory).glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(EtfzooError), locks.lock(temporary, "a publication") as held:
+            if held is None:  # this process's own, or there are no locks here
+                continue
+            for old in temporary.glob(f"{_REPLACED}/*"):
+                if not (directory / old.name).exists():
+                    os.rename(old, directory / old.name)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Weights(Mapping):
@@ -236,14 +265,15 @@ def _move_into_place(temporary, target, overwrite):
                 raise _taken(target) from None  # another publisher was faster
             raise
         return
-    old = temporary.with_name(temporary.name.replace(".tmp", ".old"))
+    # Killed from here on, `tidy` puts the old one back.
+    old = temporary.parent / _REPLACED / target.name
+    old.parent.mkdir()
     os.rename(target, old)
     try:
         os.rename(temporary, target)
     except BaseException:
         os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _taken(target):

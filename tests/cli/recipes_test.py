@@ -131,7 +131,7 @@ def test_collapse_measures_and_knn(pretrained, embedded_dir, tmp_path):
     assert [splits[s]["examples"] for s in ("train", "test")] == [200, 1297]
     assert {"nc1", "nc4", "nc5"} <= splits["test"].keys()
     run_recipe("neural_collapse", *flags, "--dataset=shapes/source", "--split=test", cwd=tmp_path)
-    (path,) = (tmp_path / "runs/neural_collapse").glob("*.json")
+    (path,) = (tmp_path / "runs/neural_collapse").glob("run@*/shapes_source_test.json")
     splits = json.loads(path.read_text())["splits"]
     assert splits.keys() == {"test"} and "nc3" not in splits["test"]  # 16 classes, not 10
     flags += ("--dataset=shapes/outlines", "--mode=knn", *TINY, "--workdir=knn")

@@ -237,6 +237,18 @@ def test_folders_that_cannot_be_used(prepare, message, tmp_path):
     assert one_line(error)
 
 
+def test_several_splits_of_a_folder(flat):
+    flat = resolve_folder(flat)
+    parts = {split: names(flat, split) for split in ("train", "test", "fit", "select")}
+    assert names(flat, "train+test") == parts["train"] + parts["test"]
+    assert flat.size("all") == len(set(parts["train"] + parts["test"])) > len(parts["train"])
+    assert sorted(names(flat, "all")) == sorted(names(flat, "test+train"))
+    assert names(flat, "train+fit") == parts["train"]  # each image once
+    for split in ("", "train+", "+", "train+nope", "all+test"):
+        with pytest.raises(EtfzooError, match="no split '.*'; it has: train, test, .* all or sev"):
+            flat.size(split)
+
+
 def test_unknown_split_of_a_folder(flat):
     source = resolve_folder(flat)
     for call in (source.size, source.records):

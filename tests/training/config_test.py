@@ -38,10 +38,10 @@ OTHER = {
 
 
 def test_every_setting_is_declared_whole():
-    assert set(OTHER) | {"init"} == set(FIELDS)
+    assert set(OTHER) | {"init", "keep_head"} == set(FIELDS)
     for name, field in FIELDS.items():
         assert field.metadata["group"] and len(field.metadata["help"]) > 5, name
-        if name not in ("dataset", "init"):
+        if name not in ("dataset", "init", "keep_head"):
             assert field.default != OTHER[name], name
     TrainConfig("digits")  # the defaults go together
 

@@ -68,6 +68,20 @@ def test_config_and_checkpoints_name_their_run(trained, config):
     assert TrainConfig.load(trained.config) == config
 
 
+def test_more_epochs_are_another_run(tmp_path):
+    config = TrainConfig("digits", backbone="rn18", epochs=2)
+    identity.claim(config, tmp_path, {})
+    longer = dataclasses.replace(config, epochs=3)
+    for finished in (False, True):
+        with pytest.raises(EtfzooError, match="epochs 2 there, 3 here") as error:
+            identity.check(longer, tmp_path)
+        assert ("fine-tune that with `keep_head`" in str(error.value)) == finished
+        (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(EtfzooError) as error:  # fewer are no way to go on
+        identity.check(dataclasses.replace(config, epochs=1), tmp_path)
+    assert "keep_head" not in str(error.value)
+
+
 def test_the_hash_of_settings_survives_json_and_new_settings(config):
     @dataclasses.dataclass(frozen=True)
     class Later(TrainConfig):

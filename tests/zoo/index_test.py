@@ -26,7 +26,7 @@ ROW = {
 
 @pytest.fixture(scope="module")
 def model():
-    return randomize(etfzoo.build_classifier("rn18", 3, input_shape=(32, 32, 3)), fixed=True)
+    return randomize(etfzoo.build_classifier("rn18", 3, input_shape=(32, 32, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,9 @@ def test_adding_versions(own_index, site):
     assert (row.tag, row.licence, set(row.versions)) == ("x", "MIT", {1, 3})
     assert row.versions[1].files[manifest.NAME].size > 0
     before = own_index.read_bytes()
+    index.add(own_index, "rn18_etf.x", 1, ROW, site.published)  # the same again changes nothing
     assert "has a version 1 of rn18_etf.x already" in refused(
-        index.add, own_index, "rn18_etf.x", 1, ROW, site.published
+        index.add, own_index, "rn18_etf.x", 1, ROW, site.published | {"metrics": {"top1": 0.5}}
     )
     assert "broken: urls of version 2" in refused(
         index.add, own_index, "rn18_etf.x", 2, ROW, site.published | {"urls": ["file:///x"]}

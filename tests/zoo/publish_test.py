@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import etfzoo
 from etfzoo.zoo import manifest, publish, saved_model
-from testing import leftovers, small_disk
+from testing import held_by_another_process, leftovers, small_disk
 from testing import make_classifier as make
 
 pytestmark = pytest.mark.usefixtures("shallow_rn18")
@@ -83,11 +83,19 @@ def test_versions(model, version, tmp_path):
         )
 
 
-@pytest.mark.parametrize("version", [0, -1, "2", 1.0])
+@pytest.mark.parametrize("version", [0, -1, "2", 1.0, True, 2**63, 10**30])
 def test_bad_versions(model, tmp_path, version):
     with pytest.raises(etfzoo.EtfzooError, match="positive integer"):
         etfzoo.publish(model, tmp_path / "m", version=version)
     assert leftovers(tmp_path) == []
+
+
+def test_versions_are_those_of_tf_serving(model, version, tmp_path):
+    shutil.copytree(version, tmp_path / "m" / str(2**63 - 1))
+    (tmp_path / "m" / str(2**63)).mkdir()
+    assert publish.version_folders(tmp_path / "m").keys() == {2**63 - 1}
+    with pytest.raises(etfzoo.EtfzooError, match="below 2\\^63"):
+        etfzoo.publish(model, tmp_path / "m")
 
 
 def test_only_classifiers_are_published(tmp_path):
@@ -147,7 +155,7 @@ def test_failure_in_the_middle(model, version, tmp_path, monkeypatch, failure, e
 
     def write_and_fail(*args, **kwargs):
         write(*args, **kwargs)
-        assert [name for name in leftovers(directory) if name.startswith(".tmp-")]
+        assert [name for name in leftovers(directory) if name.startswith(".publishing-")]
         raise failure
 
     monkeypatch.setattr(tf.saved_model, "save", write_and_fail)
@@ -162,11 +170,18 @@ def test_failure_in_the_middle(model, version, tmp_path, monkeypatch, failure, e
         assert publish.Weights(directory / "1")
 
 
-def test_overwriting_keeps_the_old_version_where_it_fails(tmp_path, monkeypatch):
-    new, old = tmp_path / ".tmp-1-x", tmp_path / "1"
-    for folder in (new, old):
-        folder.mkdir()
-        (folder / "whose").write_text(folder.name)
+@pytest.fixture
+def replacing(tmp_path):
+    """A version, and another one that is to take its place."""
+    new, old = tmp_path / ".publishing-1-x" / "1", tmp_path / "1"
+    for folder, text in ((new, "new"), (old, "old")):
+        folder.mkdir(parents=True)
+        (folder / "whose").write_text(text)
+    return new, old
+
+
+def test_overwriting_keeps_the_old_version_where_it_fails(replacing, tmp_path, monkeypatch):
+    new, old = replacing
     rename = os.rename
 
     def no_new_one(source, target):
@@ -177,11 +192,39 @@ def test_overwriting_keeps_the_old_version_where_it_fails(tmp_path, monkeypatch)
     monkeypatch.setattr(publish.os, "rename", no_new_one)
     with pytest.raises(OSError, match="Input/output error"):
         publish._move_into_place(new, old, overwrite=True)
-    assert (old / "whose").read_text() == "1"
+    assert (old / "whose").read_text() == "old"
     monkeypatch.undo()
+    shutil.rmtree(new.parent / "replaced")
     publish._move_into_place(new, old, overwrite=True)
-    assert (old / "whose").read_text() == ".tmp-1-x"
-    assert leftovers(tmp_path) == ["1"]
+    assert (old / "whose").read_text() == "new"
+    publish.tidy(tmp_path)
+    assert leftovers(tmp_path) == ["1"] and (old / "whose").read_text() == "new"
+
+
+def test_killed_while_overwriting_the_old_version_comes_back(replacing, tmp_path, monkeypatch):
+    new, old = replacing
+    rename = os.rename
+
+    class Killed(BaseException):
+        """No handler takes it back, as none runs in a process that is killed."""
+
+    def killed_between(source, target):
+        if source == new:
+            monkeypatch.undo()  # what would set things right in a living process fails, too
+            monkeypatch.setattr(publish.os, "rename", lambda *args: None)
+            raise Killed
+        rename(source, target)
+
+    monkeypatch.setattr(publish.os, "rename", killed_between)
+    with pytest.raises(Killed):
+        publish._move_into_place(new, old, overwrite=True)
+    monkeypatch.undo()
+    assert leftovers(tmp_path) == [".publishing-1-x"]
+    with held_by_another_process(new.parent):
+        publish.tidy(tmp_path)  # of a process that lives nothing is taken
+        assert leftovers(tmp_path) == [".publishing-1-x"]
+    publish.tidy(tmp_path)
+    assert leftovers(tmp_path) == ["1"] and (old / "whose").read_text() == "old"
 
 
 def test_two_publishers_of_one_version(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ PROTOCOLS = pytest.mark.parametrize("protocol", ["grpc", "rest"])
 def model():
     spec = {"num_classes": len(NAMES), "class_names": NAMES, "input_shape": (SIDE, SIDE, 3)}
     model = etfzoo.build_classifier("rn18", head="etf", feature_norm="bn", **spec)
-    return randomize(model, fixed=True)
+    return randomize(model)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+"""Tests of the model that a run starts from, where it keeps its head."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from etfzoo.data.datasets import Dataset
+from etfzoo.data.source import Source
+from etfzoo.errors import EtfzooError
+from etfzoo.models import weights
+from etfzoo.training import build, transfer
+from etfzoo.training.config import TrainConfig
+from testing import CLASS_NAMES, SIDE, make_classifier, random_pixels
+
+pytestmark = pytest.mark.usefixtures("shallow_rn18")
+
+
+def continued(start, names=CLASS_NAMES, **changes):
+    source = Source("pictures", Dataset("", len(names)), tuple(names))
+    config = TrainConfig(
+        "pictures", init="x", keep_head=True, image_size=SIDE, head=start.spec.head, seed=9
+    )
+    config = dataclasses.replace(config, **changes)
+    return build.make_model(config, source, lambda: start)
+
+
+@pytest.mark.parametrize("head", ["etf", "linear"])
+def test_it_is_the_model_that_it_starts_from(head):
+    start = make_classifier(head)
+    model = continued(start)
+    assert model is not start and model.spec == start.spec
+    for path, array in weights.as_arrays(start.variables).items():
+        np.testing.assert_array_equal(array, weights.as_arrays(model.variables)[path], path)
+
+
+def test_a_trained_head_goes_on_in_the_order_of_the_data():
+    start = make_classifier("linear")
+    names = [CLASS_NAMES[i] for i in (3, 0, 6, 1, 2, 5, 4)]
+    model = continued(start, names)
+    images = random_pixels()
+    wanted = dict(zip(CLASS_NAMES, np.asarray(start(images)).T, strict=True))
+    assert model.spec.class_names == tuple(names)
+    for name, logits in zip(names, np.asarray(model(images)).T, strict=True):
+        np.testing.assert_allclose(logits, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head, names, message",
+    [
+        ("etf", CLASS_NAMES[::-1], "classes in another order, and those of an ETF are fixed"),
+        ("linear", CLASS_NAMES[:3], "has some of the model's classes only; leave out `keep_head`"),
+        ("linear", ["a", *CLASS_NAMES[1:]], r"others \(ant, bee, cat, dog, ...; a, bee"),
+        ("linear", [*CLASS_NAMES, "yak"], "has 7 classes, data set pictures has 8"),
+    ],
+)
+def test_a_head_of_other_classes_is_not_kept(head, names, message):
+    with pytest.raises(EtfzooError, match=message):
+        continued(make_classifier(head), names)
+
+
+def test_what_keeps_no_head(tmp_path):
+    with pytest.raises(EtfzooError, match="the head that is kept is etf, not linear"):
+        continued(make_classifier("etf"), head="linear")
+    with pytest.raises(EtfzooError, match="keep_head goes on with the head of a pretrained model"):
+        TrainConfig("digits", keep_head=True)
+    config = TrainConfig("digits", init="x", head="linear", keep_head=True)
+    for mode in (transfer.linear_probe, transfer.knn):
+        with pytest.raises(EtfzooError, match="makes a head of its own: leave out `keep_head`"):
+            mode(config, tmp_path / "w")

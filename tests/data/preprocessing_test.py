@@ -171,7 +171,7 @@ def test_floats_are_not_cut_to_bytes_before_they_are_resized():
         (None, "image 0 is a NoneType; give an array"),
         (object(), "image 0 is a object; give an array"),
         ("no/such/file.jpg", "no/such/file.jpg cannot be read: No such file"),
-        ("/", "/ cannot be read: Is a directory"),
+        ("/", "/ cannot be read: it is no regular file"),
         ("", "'' is no path"),
         ("\0", "is no path"),
         ("~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),

@@ -36,7 +36,9 @@ def test_measures_in_logs_history_and_tensorboard(tmp_path):
     board = keras.callbacks.TensorBoard(tmp_path)
     history = model.fit(*train, batch_size=8, epochs=3, verbose=0, callbacks=[measures, board])
     # After the second epoch, and after the last.
-    assert {len(v) for name, v in history.history.items() if name.startswith("nc/")} == {2}
+    lengths = {name: len(v) for name, v in history.history.items() if name.startswith("nc/")}
+    # cdnv_unbiased is left out where noise explains the distance of two means
+    assert {n for name, n in lengths.items() if not name.endswith("cdnv_unbiased")} == {2}
     found = etfzoo.feature_model(model)
     for name, (images, labels) in (("train", train), ("test", test)):
         h = found.predict(images, verbose=0)["features"]

@@ -122,7 +122,7 @@ def test_recipe(tmp_path):
     again = run_recipe("export", *flags, code=2)
     assert again == f"error: {tmp_path}/m.onnx already exists; choose another --output\n"
     bad = run_recipe("export", f"--model={version}", "--format=tflite", code=2)
-    assert bad.startswith("error: unknown format 'tflite'")
+    assert bad.startswith("error: flag --format=tflite: unknown format 'tflite'")
 
 
 @pytest.mark.slow

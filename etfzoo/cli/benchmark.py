@@ -140,7 +140,7 @@ def _in_a_process(cell):
         given = [f"--{name}={value}" for name, value in (cell | {"output": path}).items()]
         kept = ("strategy", "tpu", "num_virtual_devices", "num_classes", "rounds", "seconds")
         given += [f"--{n}={FLAGS[n].value}" for n in kept if FLAGS[n].value is not None]
-        print(f"measuring {' '.join(cell.values())}", flush=True)
+        print(f"measuring {' '.join(map(str, cell.values()))}", flush=True)
         process = subprocess.run(
             [sys.executable, "-m", "etfzoo.cli", "benchmark", *given],
             env=os.environ | {"PYTHONPATH": python_path()},

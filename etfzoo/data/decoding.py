@@ -185,8 +185,8 @@ def _size_of_jpeg(encoded, always):
         found = tf.where(content[:-1] == 0xFF)[:, 0]
         return tf.math.count_nonzero(tf.gather(content, found + 1) == 0xDA)
 
-    # A pass takes more than ten bytes. A file that is too short for more than four times the passes
-    # that are let through is not searched: to search every photograph would cost more than it saves.
+    # A pass takes more than ten bytes. A file too short for more than four times the passes that
+    # are let through is not searched: to search every photograph would cost more than it saves.
     length = tf.cast(tf.strings.length(encoded), tf.int64)
     worth = always | (length > 40 * most)
     scans = tf.cond(worth, count, lambda: tf.constant(1, tf.int64))

@@ -62,7 +62,7 @@ $(READY): setup.py pyproject.toml etfzoo/version.py
 	fi
 	@echo "Installing etfzoo and its dependencies into $(VENV); the first time takes a minute or two."
 	@touch $(BUSY)
-	@$(RUN) -m pip --disable-pip-version-check install -qq -e '.[cpu,test]'
+	@$(RUN) -m pip --disable-pip-version-check install -qq -e '.[cpu,train,test]'
 	@$(RUN) -m pip --disable-pip-version-check install -qq --no-deps 'tensorflow-serving-api==2.21.*'
 	@rm $(BUSY)
 	@touch $@

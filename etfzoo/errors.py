@@ -1,5 +1,6 @@
 """Errors that a user can act on: one line saying what was wrong and what to do."""
 
+import contextlib
 import difflib
 import re
 
@@ -19,6 +20,27 @@ class EtfzooError(ValueError):
 
 class TrainingDiverged(EtfzooError):
     """The loss or a weight is not finite any more; the last good checkpoint is kept."""
+
+
+class NotInstalled(EtfzooError, ImportError):
+    """A package is missing that one of the extras of pyproject.toml brings."""
+
+
+@contextlib.contextmanager
+def extra(name: str):
+    """Around the imports of packages that an extra brings: what is missing is one line.
+
+    Args:
+        name: of the extra, e.g. `"train"`.
+
+    Raises:
+        NotInstalled: an import in the block fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        raise NotInstalled(f"{missing} is not installed: pip install 'etfzoo[{name}]'") from error
 
 
 def unknown(kind: str, name: str, choices) -> EtfzooError:

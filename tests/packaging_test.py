@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,8 +14,12 @@ import pytest
 
 from etfzoo.version import __version__
 from etfzoo.zoo import index
+from testing import fresh_python
 
 ROOT = Path(__file__).parents[1]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+    "optional-dependencies"
+]
 
 
 def _copy_of_the_package(target: Path) -> Path:
@@ -59,6 +65,8 @@ def test_setup_py_has_the_version_of_the_package():
         text=True,
     ).stdout.split()[-1]
     assert version == __version__
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 def test_installed_metadata_has_the_version_of_the_package():
@@ -158,6 +166,61 @@ def test_a_wheel_loads_published_models_offline_in_another_folder(source_and_whe
     )
     assert "saved_models/ of its source repository and in no wheel: copy" in lines[6]
     assert len(lines) == 7
+
+
+def test_what_the_extra_train_is_for(tmp_path):
+    """Without its packages: layers, load, predict and publish; the rest names it in one line."""
+    packages = {re.split(r"\W", line)[0] for line in EXTRAS["train"]}
+    modules = {name: name for name in packages} | {"scikit-learn": "sklearn"}
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(modules[name] for name in packages)}))\n"
+        "import etfzoo, numpy\n"
+        "from testing import run_recipe\n"
+        "model = etfzoo.build_classifier('rn18', 3, input_shape=(32, 32, 3))\n"
+        "etfzoo.layers.ETFClassifier(3), etfzoo.layers.SwitchableWhitening()\n"
+        "folder = etfzoo.publish(model, 'rn18_etf.a')\n"
+        "pixels = etfzoo.preprocess(model, numpy.zeros((2, 40, 50, 3), numpy.uint8))\n"
+        "assert numpy.array_equal(model(pixels), etfzoo.load(folder)(pixels))\n"
+        "etfzoo.data.load('shapes/outlines', 'test', image_size=32, data_dir='data')\n"
+        "from PIL import Image\n"
+        "Image.new('RGB', (40, 50)).save('a.png')\n"
+        "assert 'a.png  ' in run_recipe('predict', '--model=rn18_etf.a', 'a.png')\n"
+        "publish = '--model=rn18_etf.a', '--name=rn18_etf.b', '--licence=CC0', '--models_dir=b'\n"
+        "assert 'published b/rn18_etf.b/1' in run_recipe('publish', *publish)\n"
+        "for name in ('callbacks', 'neural_collapse'):\n"
+        "    try: getattr(etfzoo, name)\n"
+        "    except ImportError as error: print(f'{type(error).__name__}: {error}')\n"
+        "data = '--data_dir=data'\n"
+        "for command, *flags in (\n"
+        "    ('pretrain', '--dataset=shapes/source', '--protocol=quickstart', data),\n"
+        "    ('finetune', '--model=rn18_etf.a', '--dataset=digits', data),\n"
+        "    ('finetune', '--model=rn18_etf.a', '--dataset=digits', '--mode=linear_probe', data),\n"
+        "    ('evaluate', '--model=rn18_etf.a', '--dataset=digits', data),\n"
+        "    ('table1', '--quick'),\n"
+        "    ('demo',),\n"
+        "):\n"
+        "    print(run_recipe(command, *flags, code=2).splitlines()[-1])\n"
+    )
+    printed = fresh_python(
+        f"import os; os.chdir({str(tmp_path)!r})\nos.mkdir('data')\n{code}"
+    ).splitlines()
+    assert len(printed) == 8
+    for line in printed:
+        assert re.fullmatch(
+            r"(error|NotInstalled): (scipy|matplotlib) is not installed: "
+            r"pip install 'etfzoo\[train\]'",
+            line,
+        )
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "b", "data", "rn18_etf.a"]
+
+
+def test_all_of_the_extras_are_tested():
+    """What the suite would skip without its package is in the environment that CI installs."""
+    tested = EXTRAS["test"] + EXTRAS["train"]
+    for name in ("jax", "hf", "onnx"):
+        assert set(EXTRAS[name]) <= set(tested)
+    assert "'.[cpu,train,test]'" in (ROOT / "Makefile").read_text("utf-8")
 
 
 def test_wheel_has_all_modules_and_the_index(source_and_wheel):

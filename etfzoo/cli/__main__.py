@@ -5,6 +5,8 @@ import importlib
 import pathlib
 import sys
 
+from etfzoo.cli.app import show
+
 _SHARED = ("app", "configs", "flags")
 
 
@@ -22,9 +24,9 @@ def main():
     known = commands()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
-        print("etfzoo COMMAND --flags; `etfzoo COMMAND --help` lists the flags\n")
-        for command, text in known.items():
-            print(f"  {command:16} {text}")
+        lines = ["etfzoo COMMAND --flags; `etfzoo COMMAND --help` lists the flags", ""]
+        lines += [f"  {command:16} {text}" for command, text in known.items()]
+        show("\n".join(lines))
         return
     if name not in known:
         print(f"error: no command {name!r}; there are {', '.join(known)}", file=sys.stderr)

@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 
 import etfzoo
 from etfzoo import internals
-from etfzoo.cli.flags import FLAGS, GROUPS, as_flags
+from etfzoo.cli.flags import FLAGS, GROUPS, as_flags, as_started
 from etfzoo.errors import printable
 
 _LONGEST = 2000  # letters of an error
@@ -52,7 +52,7 @@ def run(main, doc, arguments=False, extra="jax"):
 
     def parse(argv):
         if {"--help", "-h", "-help", "--helpshort"} & set(argv):
-            _print_help(doc)
+            show(_help(doc))
             sys.exit(0)
         try:
             return read_flags(argv)
@@ -93,11 +93,21 @@ def _fail(error):
     sys.exit(2)
 
 
-def _print_help(doc):
-    print(doc.strip())
+def _help(doc) -> str:
+    lines = [as_started(doc.strip())]
     for group, names in GROUPS.items():
-        print(f"\n{group}:")
+        lines += ["", f"{group}:"]
         for name in names:
             flag = FLAGS[name]
             default = "" if flag.default is None else f" (default: {flag.default_as_str})"
-            print(f"  --{name}: {flag.help.strip()}{default.replace(chr(39), '')}")
+            lines.append(f"  --{name}: {flag.help.strip()}{default.replace(chr(39), '')}")
+    return "\n".join(lines)
+
+
+def show(text: str) -> None:
+    """Prints a page of help; who reads it may stop early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes what is left once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -88,15 +88,11 @@ def _topology(text):
 
 def _devices(name):
     import etfzoo
-    from etfzoo.errors import first_line
+    from etfzoo.errors import extra, first_line
 
-    try:
+    with extra("tpu-check"):
         import libtpu  # noqa: F401
         from jax.experimental import topologies
-    except ImportError as error:
-        raise etfzoo.EtfzooError(
-            f"the compiler for TPUs is not installed ({error}): pip install 'etfzoo[tpu-check]'"
-        ) from error
     try:
         return topologies.get_topology_desc(name, "tpu").devices
     except Exception as error:  # libtpu raises errors of many kinds

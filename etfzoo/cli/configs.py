@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import etfzoo
-from etfzoo.cli.flags import FLAGS, as_flags
+from etfzoo.cli.flags import FLAGS, as_flags, as_started
 from etfzoo.data.datasets import DATASETS
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
@@ -109,7 +109,8 @@ def print_assumed(config, task):
 def print_next(command, **flags):
     """Suggests a command, quoted as a shell needs it; flags without a value are left out."""
     given = [f"--{name}={value}" for name, value in flags.items() if value]
-    print(f"next: {shlex.join(['python', f'recipes/{command}.py', *given])}", flush=True)
+    command = shlex.join(["python", f"recipes/{command}.py", *given])
+    print(as_started(f"next: {command}"), flush=True)
 
 
 def report_place(command, handle, *data) -> str:

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 
 from etfzoo.cli import app, flags
-from etfzoo.cli.flags import FLAGS
+from etfzoo.cli.flags import FLAGS, as_started
 from etfzoo.workdir import Workdir, folder_name
 
 HEADS = ("etf", "linear")
@@ -70,7 +70,7 @@ def main():
             ("Covariance within classes of the frozen features (the paper's Figure 3)",
              figures.covariances({TARGETS[0]: covariances}, "pretrained with either head")),
             ("Learning curves of the pretraining", plots.learning_curves(histories)),
-            ("Command", (shlex.join(command),)),
+            ("Command", (as_started(shlex.join(command)),)),
         ],
     )  # fmt: skip
     print(f"\nreport: {root / 'report.html'}")

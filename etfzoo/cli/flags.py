@@ -7,6 +7,7 @@ command line is read, before anything is imported or opened.
 import dataclasses
 import os
 import re
+import sys
 import typing
 
 from absl import flags
@@ -61,6 +62,7 @@ def as_flags(text: str) -> str:
     """A text of the library with its settings, in backticks, as this command's flags.
 
     ``pass `batch_size=4` or less`` becomes `pass --batch_size=4 or less`; what is no flag stays.
+    Commands in it become those of `as_started`.
     """
 
     def flag(match):
@@ -71,7 +73,14 @@ def as_flags(text: str) -> str:
             return f"--no{name}" if value == "False" else f"--{name}"
         return f"--{name}{equals}{value}"
 
-    return re.sub(r"`(\w+(?:=[^\s`]*)?)`", flag, text)
+    return as_started(re.sub(r"`(\w+(?:=[^\s`]*)?)`", flag, text))
+
+
+def as_started(text: str) -> str:
+    """A text with its commands as this process was started: as recipes or with `etfzoo`."""
+    if sys.argv[0].startswith("etfzoo "):  # see etfzoo/cli/__main__.py
+        return re.sub(r"python recipes/(\w+)\.py", r"etfzoo \1", text)
+    return text
 
 
 def _several(name, read_one):

@@ -17,7 +17,7 @@ import sys
 
 from etfzoo.cli import app, flags
 from etfzoo.cli.finetune import MODES
-from etfzoo.cli.flags import FLAGS
+from etfzoo.cli.flags import FLAGS, as_started
 from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.training.config import MOST_IMAGES, SEEDS
 from etfzoo.training.protocols import PROTOCOLS
@@ -58,7 +58,7 @@ def main():
     if FLAGS.dry_run:
         _print_plan(settings, jobs)
         return
-    command = shlex.join(["python", "recipes/table1.py", *sys.argv[1:]])
+    command = as_started(shlex.join(["python", "recipes/table1.py", *sys.argv[1:]]))
     try:
         failures = runner.run(settings, command, jobs, len(gpus))
     except Stopped:
@@ -118,10 +118,8 @@ def _print_plan(settings, jobs):
             seconds += left / rate
         else:
             time, unknown = "no measurement yet", unknown + 1
-        print(
-            f"{number}/{len(cells)} {cell.name}: {state}, {steps:,} steps, {time}\n"
-            f"    python recipes/{cell.job.command}.py {_arguments(cell)}"
-        )
+        command = as_started(f"python recipes/{cell.job.command}.py {_arguments(cell)}")
+        print(f"{number}/{len(cells)} {cell.name}: {state}, {steps:,} steps, {time}\n    {command}")
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     print(
         f"\n{len(cells)} cells: {counts}\n{total:,} training steps in all, without what a "

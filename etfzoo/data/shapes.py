@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from etfzoo.data.datasets import EMBEDDED
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, extra
 
 SPLITS = ("train", "validation", "test")
 IMAGE_SIZE = 32
@@ -347,8 +347,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         # Imported here so that the rendered data sets do without scikit-learn and SciPy.
-        from scipy import ndimage
-        from sklearn import datasets
+        with extra("train"):
+            from scipy import ndimage
+            from sklearn import datasets
 
         scans, labels = datasets.load_digits(return_X_y=True)
         rng = np.random.default_rng(0)

@@ -5,11 +5,13 @@ import dataclasses
 import html
 import io
 from collections.abc import Sequence
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from etfzoo import files
 from etfzoo.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -90,7 +92,7 @@ class Gallery:
     """
 
     caption: str
-    pictures: Sequence[tuple[Figure, str]]
+    pictures: Sequence[tuple["Figure", str]]
 
 
 def write(path, title: str, sections) -> None:
@@ -126,8 +128,8 @@ def _heading(text):
 
 
 def _block(content, heading) -> str:
-    if isinstance(content, Figure):
-        return _image(content, heading or "") + "\n"
+    if isinstance(content, str):
+        return f"<p>{html.escape(content)}</p>\n"
     if isinstance(content, Gallery):
         images = "\n".join(_image(figure, alt, 2) for figure, alt in content.pictures)
         return _captioned(content.caption, f'<div class="gallery">\n{images}\n</div>')
@@ -137,7 +139,7 @@ def _block(content, heading) -> str:
         return f"<pre>{html.escape(chr(10).join(content))}</pre>\n"
     if isinstance(content, list):
         return _table(content, (), heading or "") + "\n"
-    return f"<p>{html.escape(content)}</p>\n"
+    return _image(content, heading or "") + "\n"
 
 
 def _captioned(caption, inner):

@@ -3,15 +3,17 @@
 import io
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from etfzoo import files
+from etfzoo.errors import extra
 
-matplotlib.use("Agg")
+with extra("train"):
+    import matplotlib
 
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 
 def save_png(figure: Figure, path) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg, optimize
 from threadpoolctl import threadpool_limits
 
 from etfzoo import arrays
-from etfzoo.errors import EtfzooError, unknown
+from etfzoo.errors import EtfzooError, extra, unknown
 from etfzoo.layers import frames
+
+with extra("train"):
+    from scipy import linalg, optimize
 
 log = logging.getLogger("etfzoo")
 

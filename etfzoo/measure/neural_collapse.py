@@ -10,10 +10,12 @@ collapse based out-of-distribution detection", ICLR 2024.
 import logging
 
 import numpy as np
-from scipy import linalg
-from scipy.linalg import blas, lapack
 
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, extra
+
+with extra("train"):
+    from scipy import linalg
+    from scipy.linalg import blas, lapack
 
 log = logging.getLogger("etfzoo")
 
@@ -331,7 +333,10 @@ def _cdnv(centred, scatter, count):
     variance = scatter / (count - 1)
     distance = distance - _pairs((variance / count)[:, None] + variance / count)
     if distance.min() <= 0:
-        log.warning("cdnv_unbiased is left out: noise alone explains the distance of two means")
+        log.warning(
+            "cdnv_unbiased is left out: with so few images of a class, the means of two classes "
+            "differ no more than by chance"
+        )
         return result
     return result | {"cdnv_unbiased": mean_over_pairs(variance, distance)}
 
@@ -350,7 +355,10 @@ def _unbiased(means, scatter, unit_scatter, count):
         "tr_c_over_p_l2_unbiased": share @ (unit_scatter[several] / (count - 1)) / dim,
     }
     if between <= 0:
-        log.warning("nc1_ratio_unbiased is left out: noise alone explains the scatter of the means")
+        log.warning(
+            "nc1_ratio_unbiased is left out: with so few images of a class, the means of the "
+            "classes differ no more than by chance"
+        )
         return result
     return {"nc1_ratio_unbiased": within / between} | result
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from etfzoo import files, internals
 from etfzoo.data.sources import resolve
-from etfzoo.errors import EtfzooError, TrainingDiverged, first_line
+from etfzoo.errors import EtfzooError, TrainingDiverged, extra, first_line
 from etfzoo.measure import accuracy, features, neural_collapse
 from etfzoo.models import checkpoint
 from etfzoo.models.checkpoint import CheckpointManager
@@ -41,6 +41,9 @@ from etfzoo.training.build import (
 )
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir, is_number
+
+with extra("train"):
+    import tensorboard  # noqa: F401  without it tf.summary has no `scalar`
 
 log = logging.getLogger("etfzoo")
 

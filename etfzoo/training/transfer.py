@@ -7,14 +7,11 @@ import time
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
 
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.source import Source
 from etfzoo.data.sources import resolve
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, extra
 from etfzoo.measure import accuracy, features, neural_collapse
 from etfzoo.models.checkpoint import CheckpointManager
 from etfzoo.models.classifier import ImageClassifier
@@ -23,6 +20,11 @@ from etfzoo.training import build, identity, loop, search
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo.load import load
+
+with extra("train"):
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import NearestNeighbors
 
 log = logging.getLogger("etfzoo")
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo import files
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, extra
 from etfzoo.models import backbones, weights
 from etfzoo.models.classifier import ImageClassifier
 
@@ -38,10 +38,8 @@ def export_onnx(model: ImageClassifier, path) -> None:
     """
     if keras.backend.backend() != "tensorflow":
         raise EtfzooError("ONNX export needs the TensorFlow backend: set KERAS_BACKEND=tensorflow")
-    try:
+    with extra("onnx"):
         tf2onnx = importlib.import_module("tf2onnx")
-    except ImportError:
-        raise EtfzooError("ONNX export needs tf2onnx: pip install 'etfzoo[onnx]'") from None
     single = _in_float32(model)
     output = "features" if model.spec.head is None else "logits"
     images = tf.TensorSpec([None, *model.spec.input_shape], tf.float32, name="images")

@@ -13,7 +13,7 @@ from urllib.parse import urljoin, urlsplit
 import requests
 import urllib3.exceptions
 
-from etfzoo.errors import EtfzooError, first_line
+from etfzoo.errors import EtfzooError, extra, first_line
 
 SCHEMES = ("https", "http", "gs", "hf")
 TIMEOUT = 30.0  # seconds without a byte, see `timeout`
@@ -184,12 +184,8 @@ def _open_gfile(url, start):
 
 def _hugging_face(url):
     """The https address of `hf://owner/repo/path[@revision]`, and the user's headers for it."""
-    try:
+    with extra("hf"):
         import huggingface_hub
-    except ImportError:
-        raise EtfzooError(
-            f"{url} needs huggingface_hub: pip install 'etfzoo[hf]', or pip install huggingface_hub"
-        ) from None
     path, _, revision = url.removeprefix("hf://").partition("@")
     owner, repository, name = path.split("/", 2)
     try:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import etfzoo
+from etfzoo.cli import configs, flags
 from testing import CHECKOUT, finish, last_checkpoint, run_recipe, small_disk, start_recipe
 
 ROOT = CHECKOUT
@@ -58,6 +59,26 @@ def test_help_is_grouped():
     out = run_recipe("pretrain", "--help")
     for text in ("Model:", "Data:", "Training:", "Machine:", "--head: etf", "(default: paper)"):
         assert text in out
+
+
+@pytest.mark.parametrize("command", [[], ["pretrain"]])
+def test_help_may_be_read_in_part(command):
+    start = [sys.executable, "-m", "etfzoo.cli", *command, "--help"]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()  # as `head -0` does
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+def test_suggestions_are_commands_of_the_kind_that_ran(capsys, monkeypatch):
+    for started, suggested in (
+        ("recipes/pretrain.py", "python recipes/evaluate.py"),
+        ("etfzoo pretrain", "etfzoo evaluate"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        configs.print_next("evaluate", model="my model", dataset=None)
+        assert capsys.readouterr().out == f"next: {suggested} '--model=my model'\n"
+        text = "train with `python recipes/pretrain.py --head=etf`"
+        assert suggested.split("eval")[0] in flags.as_flags(text)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def test_onnx(tmp_path, head, changes):
 
 def test_onnx_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
-    with pytest.raises(etfzoo.EtfzooError, match=r"needs tf2onnx: pip install 'etfzoo\[onnx\]'"):
+    message = r"tf2onnx is not installed: pip install 'etfzoo\[onnx\]'"
+    with pytest.raises(etfzoo.EtfzooError, match=message):
         formats.export_onnx(make(), tmp_path / "model.onnx")
     assert leftovers(tmp_path) == []
 

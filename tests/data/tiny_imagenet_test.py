@@ -251,7 +251,7 @@ def test_from_the_archive_to_a_name_in_a_clone(prepared, images, tmp_path):
         shutil.copy(CHECKOUT / name, checkout)
     git(tmp_path, "init", "-q", checkout)
     before = index.load(checkout / "etfzoo/zoo/index.json")
-    publish = "--name=rn18_etf.tiny100_64", "--storage=float16", f"--workdir={run}"
+    publish = "--name=rn18_etf.from_zip", "--storage=float16", f"--workdir={run}"
     where = f"--models_dir={checkout}/saved_models", f"--index={checkout}/etfzoo/zoo/index.json"
     run_recipe("publish", *publish, *where, "--default")
     git(checkout, "config", "core.autocrlf", "true")  # as on Windows: hashes must not change
@@ -261,13 +261,13 @@ def test_from_the_archive_to_a_name_in_a_clone(prepared, images, tmp_path):
 
     after = index.load(clone / "etfzoo/zoo/index.json")
     assert after.index_version == before.index_version + 1
-    assert after.defaults == before.defaults | {"rn18_etf": "tiny100_64"}
-    folder = clone / "saved_models/rn18_etf.tiny100_64/1"
+    assert after.defaults == before.defaults | {"rn18_etf": "from_zip"}
+    folder = clone / "saved_models/rn18_etf.from_zip/1"
     published = [p for p in folder.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in published) < 25e6 < saved_model.SHARD_BYTES < 95e6
     card = (folder / "README.md").read_text()
     assert card == (folder.parent / "README.md").read_text()
-    assert "unknown" not in card.lower() + json.dumps(after.models["rn18_etf.tiny100_64"].metrics)
+    assert "unknown" not in card.lower() + json.dumps(after.models["rn18_etf.from_zip"].metrics)
     for part in (
         "| Trained on | tiny_imagenet: 100 classes of Tiny ImageNet",
         "--dataset=tiny_imagenet --backbone=rn18",
@@ -299,7 +299,7 @@ def test_from_the_archive_to_a_name_in_a_clone(prepared, images, tmp_path):
     assert process.stdout.startswith(f"(None, 100) {CHOSEN[0]} (")
     assert "'thing n1" in process.stdout and ", it'" in process.stdout
     (line,) = (x for x in process.stderr.splitlines() if "rn18_etf" in x)
-    assert line.startswith(f"rn18_etf is rn18_etf.tiny100_64 version 1 ({folder}): trained on ")
+    assert line.startswith(f"rn18_etf is rn18_etf.from_zip version 1 ({folder}): trained on ")
     assert "tiny_imagenet, 16x16 pixels, 100 classes, top-1 " in line
     served = tf.saved_model.load(str(folder)).signatures["serving_bytes"]
     (labels,) = served(image_bytes=tf.constant([photo.read_bytes()]))["labels"].numpy()

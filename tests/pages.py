@@ -14,7 +14,7 @@ _RECIPE = re.compile(r"recipes/(\w+)\.py")
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 _SPAN = re.compile(r"`([^`]+)`")
 _PROGRAM = re.compile(r"(\w+=\S+ )*(python|etfzoo|make|pip|srun|docker|\.) \S")
-# Nothing is on this PATH: every program is a command that bash doesn't find; what it would run is written down.
+# No program is on this PATH: bash finds no command, and writes it down.
 _SHELL = r"""
 note() { printf '%s\0' "${KERAS_BACKEND:+KERAS_BACKEND=$KERAS_BACKEND}" "$@" $'\n' >>"$FOUND"; }
 command_not_found_handle() { note "$@"; }
@@ -38,6 +38,9 @@ class Command:
     backend: str
     words: tuple[str, ...]
 
+    def __str__(self):
+        return f"{self.page}: {self.text}"
+
     @property
     def text(self) -> str:
         return self.backend + " " * bool(self.backend) + shlex.join(self.words)
@@ -60,7 +63,8 @@ def of_page(page: str) -> list[Command]:
     """The commands on a page: in its blocks, and in its sentences."""
     text = (CHECKOUT / page).read_text("utf-8")
     scripts = [body for _, language, body in _BLOCK.findall(text) if not language]
-    spans = [" ".join(span.split()) for span in _SPAN.findall(_BLOCK.sub("", text))]
+    sentences = re.sub(r"``.+?``", "", _BLOCK.sub("", text), flags=re.S)
+    spans = [" ".join(span.split()) for span in _SPAN.findall(sentences)]
     scripts += filter(_PROGRAM.match, spans)
     return [command for script in scripts for command in of_script(page, script)]
 

@@ -93,7 +93,7 @@ def run_recipe(recipe, *flags, code=0, cwd=None):
     """
     out, err = io.StringIO(), io.StringIO()
     argv = [str(CHECKOUT / "recipes" / f"{recipe}.py"), *map(str, flags)]
-    with _as_a_process(argv, cwd), redirect_stdout(out), redirect_stderr(err):
+    with as_a_process(argv, cwd), redirect_stdout(out), redirect_stderr(err):
         try:
             importlib.import_module(f"etfzoo.cli.{recipe}").run()
             ended = 0
@@ -103,7 +103,7 @@ def run_recipe(recipe, *flags, code=0, cwd=None):
 
 
 @contextlib.contextmanager
-def _as_a_process(argv, cwd):
+def as_a_process(argv, cwd):
     """Sets back what a command changes for the whole process."""
     from absl import app
     from absl.testing import flagsaver

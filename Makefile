@@ -38,7 +38,7 @@ lint: $(READY)
 
 # Material announces on each build the end of its own life; no reader of these pages can act on that.
 docs: $(READY)
-	@$(RUN) -c 'import material, mkdocs, mkdocstrings_handlers.python' 2>/dev/null || \
+	@$(RUN) -c 'import jupytext, material, mkdocs, mkdocstrings_handlers.python' 2>/dev/null || \
 		$(RUN) -m pip --disable-pip-version-check install -qq -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
 	@echo "built: .build/docs/index.html"

@@ -13,7 +13,9 @@ _RECIPE = re.compile(r"recipes/(\w+)\.py")
 # A block without a language holds commands; output and drawings are marked as `text`.
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 _SPAN = re.compile(r"`([^`]+)`")
-_PROGRAM = re.compile(r"(\w+=\S+ )*(python|etfzoo|make|pip|srun|docker|\.) \S")
+_PROGRAM = re.compile(
+    r"(\w+=\S+ )*(python|etfzoo|make|pip|srun|docker|curl|wget|jupyter|jupytext|\.) \S"
+)
 # No program is on this PATH: bash finds no command, and writes it down.
 _SHELL = r"""
 note() { printf '%s\0' "${KERAS_BACKEND:+KERAS_BACKEND=$KERAS_BACKEND}" "$@" $'\n' >>"$FOUND"; }

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 from etfzoo import files
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, extra
 from etfzoo.experiments import plots
 from etfzoo.experiments.random_features import Draw
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 
-# After etfzoo.experiments.plots, which picks the backend.
-from matplotlib.colors import SymLogNorm  # isort: skip
-from matplotlib.figure import Figure  # isort: skip
-from matplotlib.lines import Line2D  # isort: skip
+with extra("train"):
+    from matplotlib.colors import SymLogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 FIRST = 100  # dimensions of Figure 3's detail, and blocks of its overview
 

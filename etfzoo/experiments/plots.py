@@ -9,9 +9,6 @@ from etfzoo import files
 from etfzoo.errors import extra
 
 with extra("train"):
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

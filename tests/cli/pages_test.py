@@ -71,6 +71,8 @@ RUN_BY = {
     "python -c 'import etfzoo; print(etfzoo.data.class_names(*": (
         "tests/doctests_test.py::test_the_python_of_the_page_about_keras"
     ),
+    "python docs/notebooks/etf_layer.py": "tests/notebooks_test.py::test_it_runs",
+    "jupytext --to ipynb docs/notebooks/etf_layer.py": "tests/notebooks_test.py::test_jupyter",
     "python -m etfzoo.training --config=FILE": (
         "tests/training/job_test.py::test_a_job_runs_as_a_module"
     ),
@@ -122,6 +124,8 @@ NOT_RUN = {
     "curl *": "Docker",
     "base64 *": "Docker",
     ". .venv/bin/activate": "it is about the reader's own shell",
+    "pip install jupyterlab jupytext": "it is about the reader's own Jupyter",
+    "jupyter lab docs/notebooks": "it is about the reader's own Jupyter",
     "pip install pre-commit": "it is about the reader's own commits",
     "pre-commit install": "it is about the reader's own commits",
 }

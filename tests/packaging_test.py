@@ -1,5 +1,6 @@
 """Tests of the packaging: version, Bazel targets and the contents of a wheel."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -215,6 +216,33 @@ def test_what_the_extra_train_is_for(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b", "data", "rn18_etf.a"]
 
 
+def _imports(tree, extra=None):
+    """Modules that a file imports, each with the extra that its import names, if it does."""
+    for node in ast.iter_child_nodes(tree):
+        inner = extra
+        if isinstance(node, ast.With) and ast.unparse(node.items[0]).startswith("extra("):
+            inner = node.items[0].context_expr.args[0].value
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, extra) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, extra
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from _imports(node, inner)
+
+
+def test_imports_name_the_extra_that_brings_them():
+    brought = dict.fromkeys(("matplotlib", "sklearn", "scipy", "tensorboard"), "train")
+    brought |= {"huggingface_hub": "hf", "libtpu": "tpu-check"}
+    seen = set()
+    for path in (ROOT / "etfzoo").rglob("*.py"):
+        for module, extra in _imports(ast.parse(path.read_text("utf-8"))):
+            package = module.partition(".")[0]
+            if package in brought:
+                seen.add(package)
+                assert extra == brought[package], f"{path}: {module}"
+    assert seen == brought.keys()
+
+
 def test_all_of_the_extras_are_tested():
     """What the suite would skip without its package is in the environment that CI installs."""
     tested = EXTRAS["test"] + EXTRAS["train"]
@@ -232,10 +260,12 @@ def test_wheel_has_all_modules_and_the_index(source_and_wheel):
         requirements = [
             line
             for line in archive.read(metadata).decode().splitlines()
-            if line.startswith("Requires-Dist: tensorflow")
+            if line.startswith("Requires-Dist: ")
         ]
     modules = {str(path.relative_to(source)) for path in (source / "etfzoo").rglob("*.py")}
     assert packed == modules | {"etfzoo/py.typed", "etfzoo/zoo/index.json"}
-    # One of the extras brings TensorFlow, never the package itself.
-    for requirement in requirements:
-        assert "extra ==" in requirement or "tensorflow-datasets" in requirement
+    # Extras bring TensorFlow and what trains, never the package itself.
+    always = " ".join(line for line in requirements if "extra ==" not in line)
+    assert "tensorflow-datasets" in always and "tensorflow-cpu" in " ".join(requirements)
+    for name in ("tensorflow", "tensorflow-cpu", *EXTRAS["train"]):
+        assert not re.search(rf"Requires-Dist: {name}\b(?!-)", always), name

@@ -169,12 +169,14 @@ def _published(root, images):
 def _trained_model():
     """What a published model that has seen photographs says, where the checkout has one."""
     import etfzoo
+    from etfzoo.errors import extra
     from etfzoo.experiments import html, plots
 
     name = "rn101_etf"
     if etfzoo.info(name)["path"] is None:
         return []
-    from sklearn.datasets import load_sample_image
+    with extra("train"):
+        from sklearn.datasets import load_sample_image
 
     photographs = [load_sample_image(f) for f in ("china.jpg", "flower.jpg")]
     model = etfzoo.load(name)

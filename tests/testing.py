@@ -103,7 +103,7 @@ def run_recipe(recipe, *flags, code=0, cwd=None):
 
 
 @contextlib.contextmanager
-def as_a_process(argv, cwd):
+def as_a_process(argv, cwd=None):
     """Sets back what a command changes for the whole process."""
     from absl import app
     from absl.testing import flagsaver

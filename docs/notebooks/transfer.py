@@ -103,8 +103,8 @@ train = etfzoo.data.load(data, "train", model, batch_size=24, training=True)
 test = etfzoo.data.load(data, "test", model, batch_size=60)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 for stage, trainable, rate, epochs in (("head", False, 0.1, 5), ("all layers", True, 0.003, 5)):
-    model.trainable = trainable
-    model.get_layer("logits").trainable = True
+    for layer in model.layers:
+        layer.trainable = trainable or layer.name == "logits"
     model.compile(keras.optimizers.SGD(rate, momentum=0.9), loss, metrics=["accuracy"])
     history = model.fit(
         train, validation_data=test, epochs=epochs, shuffle=False, verbose=0

@@ -47,7 +47,6 @@ python recipes/finetune.py --model=WORKDIR_OR_NAME --dataset=folder:photos --lea
 python recipes/evaluate.py --model=WORKDIR_OR_NAME --dataset=folder:photos
 python recipes/figure2.py --dataset=gaussian
 python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart --strategy=mirrored --num_virtual_devices=2 --workdir=runs/two_devices
-KERAS_BACKEND=jax python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart --workdir=runs/shapes_jax
 """  # noqa: E501
 # What stands for something of the reader's.
 MEANT = {
@@ -75,6 +74,9 @@ RUN_BY = {
     "jupytext --to ipynb docs/notebooks/etf_layer.py": "tests/notebooks_test.py::test_jupyter",
     "python -m etfzoo.training --config=FILE": (
         "tests/training/job_test.py::test_a_job_runs_as_a_module"
+    ),
+    "KERAS_BACKEND=jax python recipes/pretrain.py --dataset=shapes/source *": (
+        "tests/runtime/step_jax_test.py::test_recipes_from_pretraining"
     ),
     "python recipes/prepare.py *": "tests/data/tiny_imagenet_test.py::test_the_recipe",
     "python recipes/predict.py --model=*": "tests/zoo/serving_client_test.py::test_predict",
@@ -207,9 +209,8 @@ def test_the_commands_run(text, place, embedded_dir, shallow_rn18, monkeypatch):
         given.append("--epochs=1")
     if command.recipe in ("pretrain", "finetune", "evaluate", "neural_collapse"):
         given.append(f"--data_dir={embedded_dir}")
-    if command.backend or "--num_virtual_devices=2" in given:  # these need a process of their own
-        backend = {"KERAS_BACKEND": command.backend.partition("=")[2] or "tensorflow"}
-        finish(command.recipe, start_recipe(command.recipe, *given, cwd=place, **backend))
+    if "--num_virtual_devices=2" in given:  # TensorFlow takes them before it computes
+        finish(command.recipe, start_recipe(command.recipe, *given, cwd=place))
     else:
         run_recipe(command.recipe, *given)
 

@@ -15,6 +15,8 @@
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import etfzoo
 
@@ -35,8 +37,8 @@ for number, (x, y) in enumerate(vectors):
     axes.annotate(
         "", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{number}", "lw": 2}
     )
-    axes.text(1.15 * x, 1.15 * y, f"class {number}", ha="center", va="center", color=f"C{number}")
-axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", title="K = 3, p = 2")
+    axes.text(1.35 * x, 1.2 * y, f"class {number}", ha="center", va="center", color=f"C{number}")
+axes.set(xlim=(-1.8, 1.8), ylim=(-1.8, 1.8), aspect="equal", title="K = 3, p = 2")
 plt.show()
 
 # %% [markdown]
@@ -60,22 +62,24 @@ print("trainable weights of the layer:", len(layer.trainable_weights))
 # %% [markdown]
 # ## Two networks that differ in their last layer
 #
-# The data are the handwritten digits that scikit-learn brings, as RGB images of 32 pixels: 20 of each
-# digit to train on, and 1,297 to test. `etfzoo.data.load` gives the batches that Keras's `fit` takes.
+# The data are the 1,797 handwritten digits that scikit-learn brings, grey images of 8 x 8 pixels, two
+# thirds of them to train on. The networks are plain Keras, and so is their training.
 
 # %%
-train = etfzoo.data.load("digits", "train", image_size=32, batch_size=20, training=True)
-train_once = etfzoo.data.load("digits", "train", image_size=32, batch_size=100)
-test = etfzoo.data.load("digits", "test", image_size=32, batch_size=100)
+images, labels = load_digits(return_X_y=True)
+images = images.reshape(-1, 8, 8, 1) / 16
+train, test, train_labels, test_labels = train_test_split(
+    images, labels, test_size=1 / 3, random_state=0, stratify=labels
+)
 
 
 def network(head):
     """A small convolutional network; its features have 64 numbers."""
-    layers = [keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255)]
-    for filters in (16, 32, 64):
-        layers += [keras.layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False)]
-        layers += [keras.layers.BatchNormalization(), keras.layers.ReLU()]
-    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.BatchNormalization()]
+    layers = [keras.Input((8, 8, 1))]
+    for filters, strides in ((32, 1), (64, 2)):
+        layers += [keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)]
+        layers += [keras.layers.BatchNormalization(momentum=0.9), keras.layers.ReLU()]
+    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.BatchNormalization(momentum=0.9)]
     return keras.Sequential([*layers, head])
 
 
@@ -89,15 +93,21 @@ for name, head in heads.items():
     keras.utils.set_random_seed(0)  # the same first weights below the head
     models[name] = model = network(head)
     model.compile(keras.optimizers.Adam(0.003), loss, metrics=["accuracy"])
-    fitted = model.fit(train, validation_data=test, epochs=30, shuffle=False, verbose=0)
+    fitted = model.fit(
+        train,
+        train_labels,
+        validation_data=(test, test_labels),
+        epochs=20,
+        batch_size=32,
+        verbose=0,
+    )
     histories[name] = fitted.history["val_accuracy"]
     trained = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     print(f"{name}: test accuracy {100 * histories[name][-1]:.1f} %, {trained:,} trained numbers")
 
 # %% [markdown]
-# The second network has 650 trained numbers less: its last layer has none. `scale` is the length that
-# the layer gives to the logits. The bare ETF has short weight vectors, and with small logits the
-# cross entropy would never come near zero.
+# The second network has 650 trained numbers less: its last layer has none. Its weight vectors have
+# length 1 for good; `scale` multiplies the logits, which a trained layer could make longer by itself.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -108,8 +118,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# One seed and 200 images are no evidence for either head. They show that a network learns as well
-# with a last layer that stands still: the features move instead.
+# One seed of a small task is no evidence for either head. It shows that a network learns with a last
+# layer that stands still: the features move instead.
 #
 # ## Where the features went
 #
@@ -120,12 +130,8 @@ plt.show()
 figure, all_axes = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
 for axes, (name, model) in zip(all_axes, models.items(), strict=True):
     to_features = keras.Model(model.inputs, model.layers[-2].output)
-    features, labels = [], []
-    for images, numbers in train_once:
-        features.append(np.asarray(to_features(images)))
-        labels.append(np.asarray(numbers))
-    features, labels = np.concatenate(features), np.concatenate(labels)
-    means = np.stack([features[labels == digit].mean(0) for digit in range(10)])
+    features = to_features.predict(train, verbose=0)
+    means = np.stack([features[train_labels == digit].mean(0) for digit in range(10)])
     means -= means.mean(0)
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     cosines = means @ means.T
@@ -150,8 +156,7 @@ plt.show()
 # %%
 models["fixed ETF"].save("digits.keras")
 again = keras.saving.load_model("digits.keras")
-images, _ = next(iter(test))
-same = np.array_equal(np.asarray(models["fixed ETF"](images)), np.asarray(again(images)))
+same = np.array_equal(np.asarray(models["fixed ETF"](test)), np.asarray(again(test)))
 print("the loaded network gives the same logits, bit for bit:", same)
 assert same
 

@@ -70,10 +70,11 @@ show([Image.open(PHOTOS / "train" / n / "00.jpg") for n in names], names, "one o
 # ## What the features are worth as they are
 #
 # The model saw 100 classes of Tiny ImageNet, at 64 pixels. None of our classes is among them, but its
-# features may tell ours apart all the same. A vote of the nearest neighbours needs no training.
+# features may tell ours apart all the same. A vote of the nearest neighbours needs no training. (The
+# model was trained in bfloat16, which NumPy and scikit-learn hardly know: `dtype` says another.)
 
 # %%
-pretrained = etfzoo.load("rn18_etf")
+pretrained = etfzoo.load("rn18_etf", dtype="float32")
 model = etfzoo.replace_head(pretrained, len(names), class_names=names)  # for our classes
 to_features = etfzoo.feature_model(model, ["features"])
 
@@ -95,16 +96,21 @@ print(
 # %% [markdown]
 # ## Fine-tuning
 #
-# First the head alone, as its fresh weights would disturb the backbone; then everything, at a small
-# rate. This is plain Keras.
+# First the head alone, as its fresh weights would disturb the backbone; then everything else, at a
+# small rate, but for the batch norms. The statistics of a few small batches would harm them more than
+# they help. This is plain Keras.
 
 # %%
 train = etfzoo.data.load(data, "train", model, batch_size=24, training=True)
 test = etfzoo.data.load(data, "test", model, batch_size=60)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-for stage, trainable, rate, epochs in (("head", False, 0.1, 5), ("all layers", True, 0.003, 5)):
+for stage, trainable, rate, epochs in (
+    ("head", False, 0.1, 5),
+    ("all but batch norms", True, 0.003, 5),
+):
     for layer in model.layers:
-        layer.trainable = trainable or layer.name == "logits"
+        norm = isinstance(layer, keras.layers.BatchNormalization)
+        layer.trainable = layer.name == "logits" or (trainable and not norm)
     model.compile(keras.optimizers.SGD(rate, momentum=0.9), loss, metrics=["accuracy"])
     history = model.fit(
         train, validation_data=test, epochs=epochs, shuffle=False, verbose=0

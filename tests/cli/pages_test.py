@@ -92,7 +92,7 @@ TPU = "a TPU"
 GPU = "a GPU"
 CLUSTER = "several machines"
 HOURS = "hours of training on photographs that have to be downloaded"
-DOWNLOAD = "a download of 248 MB"
+DOWNLOAD = "a download of hundreds of megabytes"
 MEASURED = "minutes to hours of measuring on a quiet machine"
 NOT_RUN = {
     "python recipes/pretrain.py --head=etf": IMAGENET,
@@ -112,6 +112,7 @@ NOT_RUN = {
     "python recipes/pretrain.py --dataset=tiny_imagenet *": HOURS,
     "python recipes/evaluate.py --model=rn18_etf --dataset=tiny_imagenet *": DOWNLOAD,
     "python recipes/evaluate.py --model=rn101_etf --dataset=tiny_imagenet *": DOWNLOAD,
+    "python recipes/evaluate.py --model=rn18_etf.tiny100_64_flowers102 *": DOWNLOAD,
     "python recipes/finetune.py --model=runs/tiny_*": HOURS,
     "python recipes/finetune.py --model=rn18_etf --dataset=oxford_flowers102 *": HOURS,
     "python recipes/table1.py --source=tiny_imagenet *": HOURS,

@@ -24,9 +24,18 @@ def embedded_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shallow_rn18():
-    """See `testing.shallow_rn18`; for all tests of a module."""
-    from testing import shallow_rn18
+def small_rn18():
+    """See `testing.small_rn18`; for all tests of a module."""
+    import testing
 
-    with shallow_rn18():
+    with testing.small_rn18():
+        yield
+
+
+@pytest.fixture
+def small_network():
+    """The same for one test."""
+    import testing
+
+    with testing.small_rn18():
         yield

@@ -155,7 +155,7 @@ def _photos(root, broken=0):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_own_images_with_truncated_jpegs(tmp_path):
+def test_own_images_with_truncated_jpegs(small_network, tmp_path):
     _photos(tmp_path / "photos", broken=3)
     flags = (f"--dataset=folder:{tmp_path}/photos", *RN18, "--batch_size=8", "--epochs=2")
     err = run_recipe("pretrain", *flags, f"--workdir={tmp_path}/a", code=2)
@@ -247,8 +247,8 @@ def test_sigterm_saves_exits_75_and_resumes_bit_equal(pretrained, embedded_dir, 
     _assert_bit_equal(tmp_path / "whole", stopped)
 
 
-def test_a_full_disk_while_training(embedded_dir, tmp_path):
-    with small_disk(tmp_path / "disk", "20m") as disk:
+def test_a_full_disk_while_training(small_network, embedded_dir, tmp_path):
+    with small_disk(tmp_path / "disk", "300k") as disk:
         flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
         err = run_recipe("pretrain", *flags, f"--workdir={disk}/run", code=2)
         assert "No space left on device" in err

@@ -10,7 +10,7 @@ from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
 from etfzoo.data.pipeline import InputShare, Pipeline
 from etfzoo.errors import EtfzooError
-from testing import fresh_python, make_image_folder
+from testing import forked_python, make_image_folder
 
 HEIGHT, WIDTH, BATCH = 12, 10, 8
 BOTH = Mixing(0.2, 1.0)
@@ -167,8 +167,7 @@ def test_batches_repeat_and_resume_bit_for_bit(photos):
     assert not np.array_equal(other[0][0], whole[0][0])
 
 
-@pytest.mark.parametrize("count, replicas", [(1, 2), (2, 2), (1, 4), (2, 4)])
-@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("count, replicas, start", [(1, 2, 0), (2, 2, 2), (2, 4, 0)])
 def test_shares_of_all_pipelines_are_the_global_batches(photos, count, replicas, start):
     whole = read(make_pipeline(photos, BOTH).training("train", 5, start))
     parts = [
@@ -209,7 +208,7 @@ for number, batch in enumerate(batches):
 
 
 def test_two_devices_get_the_batches_of_one(photos, tmp_path):
-    fresh_python(_MIRRORED, photos, tmp_path)
+    forked_python(_MIRRORED, photos, tmp_path)
     wanted = read(make_pipeline(photos, BOTH).training("train", 1))
     found = [np.load(tmp_path / f"{number}.npz") for number in range(len(wanted))]
     assert len(list(tmp_path.iterdir())) == len(wanted)

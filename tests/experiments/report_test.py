@@ -18,6 +18,8 @@ from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
 from testing import Page
 
+pytestmark = pytest.mark.usefixtures("small_rn18")
+
 COMMAND = "python recipes/table1.py --quick"
 NC = (
     "nc1",

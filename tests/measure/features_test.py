@@ -21,13 +21,15 @@ from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
 from testing import (
     CHECKOUT,
-    fresh_python,
+    forked_python,
     leftovers,
     make_classifier,
     make_image_folder,
     randomize,
-    shallow_rn18,
+    small_rn18,
 )
+
+pytestmark = pytest.mark.usefixtures("small_rn18")
 
 COUNTS = {"a": 12, "b": 9, "c": 7}
 
@@ -220,7 +222,7 @@ np.savez(sys.argv[5], features=found.features, labels=found.labels)
 def test_several_devices_see_every_example_once(photos, model, tmp_path, devices):
     etfzoo.publish(model, tmp_path / "model")
     out = tmp_path / "out.npz"
-    fresh_python(_DEVICES, devices, photos, CHECKOUT / "tests/measure", tmp_path / "model", out)
+    forked_python(_DEVICES, devices, photos, CHECKOUT / "tests/measure", tmp_path / "model", out)
     several = dict(np.load(out))
     one = features.Extractor(model).load(pipeline(photos), "train")
     np.testing.assert_array_equal(several["labels"], one.labels)
@@ -275,7 +277,7 @@ def test_names_by_which_sets_of_different_size_compare():
 
 
 def test_measures_of_a_training_and_of_its_resumption(embedded_dir, tmp_path):
-    with shallow_rn18():
+    with small_rn18():
         check_measures_and_resumption(embedded_dir, tmp_path)
 
 

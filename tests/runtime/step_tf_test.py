@@ -11,6 +11,8 @@ import tensorflow as tf
 import etfzoo
 from etfzoo.runtime.step_tf import Stepper, evaluation_step, repeated
 
+pytestmark = pytest.mark.usefixtures("small_rn18")
+
 DECAY, RATE, MOMENTUM, STEPS = 0.05, 0.1, 0.9, 100
 
 

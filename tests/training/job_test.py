@@ -1,15 +1,19 @@
 """Jobs: their files, the command that stands for them, and `python -m etfzoo.training`."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr
 
 import pytest
 
 from etfzoo.errors import EtfzooError
+from etfzoo.training.__main__ import main
 from etfzoo.training.config import TrainConfig
 from etfzoo.training.job import Job
 from etfzoo.workdir import Workdir
+from testing import as_a_process
 
 SMALL = {"backbone": "rn18", "protocol": "quickstart", "epochs": 1, "image_size": 8}
 
@@ -51,6 +55,16 @@ def run_module(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+def call_module(*arguments):
+    """Exit code and stderr, in this process."""
+    with as_a_process(["etfzoo.training", *arguments]), redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            return end.code, err.getvalue()
+    return 0, err.getvalue()
+
+
 def test_a_job_runs_as_a_module_and_records_a_command_that_repeats_it(embedded_dir, tmp_path):
     config = TrainConfig("digits", data_dir=str(embedded_dir), **SMALL)
     Job(config, str(tmp_path / "run")).save(tmp_path / "job.json")
@@ -63,9 +77,11 @@ def test_a_job_runs_as_a_module_and_records_a_command_that_repeats_it(embedded_d
     assert command.startswith("etfzoo pretrain --dataset=digits --protocol=quickstart")
     assert "--image_size=8" in command and str(tmp_path) not in command
     # A finished run's settings again, at another place.
-    done = run_module(f"--config={workdir.config}", f"--workdir={tmp_path / 'again'}")
-    assert done.returncode == 0, done.stderr
+    code, _ = call_module(f"--config={workdir.config}", f"--workdir={tmp_path / 'again'}")
+    assert code == 0
     assert Workdir(tmp_path / "again").read_result() == workdir.read_result()
-    done = run_module(f"--config={tmp_path / 'none.json'}")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    code, err = call_module(f"--config={tmp_path / 'none.json'}")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1

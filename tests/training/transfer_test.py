@@ -18,7 +18,7 @@ from etfzoo.training import transfer
 from etfzoo.training.config import TrainConfig
 from etfzoo.zoo.load import load
 
-pytestmark = pytest.mark.usefixtures("shallow_rn18")
+pytestmark = pytest.mark.usefixtures("small_rn18")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_probe_is_scikit_learns_logistic_regression(config, tmp_path):
         between = np.square(means[names] - pixels_features.mean(0)).sum()
         assert result[f"nc/{split}/nc1_ratio"] == pytest.approx(within / between, rel=1e-4)
     # 20 images a class are fewer than 130: the test split's NC1 is of 20 as well.
-    assert result["nc/test/nc1_equal"] < result["nc/test/nc1"]
-    assert result["nc/train/nc1_equal"] <= result["nc/train/nc1"]
+    assert result["nc/test/nc1_equal"] != pytest.approx(result["nc/test/nc1"], rel=1e-3)
+    assert result["nc/train/nc1_equal"] == pytest.approx(result["nc/train/nc1"], rel=1e-9)
     with pytest.raises(EtfzooError, match="holds a run that is not k-NN"):
         transfer.knn(config, tmp_path)
 

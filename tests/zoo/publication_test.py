@@ -61,9 +61,9 @@ def failing():
 
 @pytest.fixture(scope="module")
 def version(tmp_path_factory):
-    from testing import shallow_rn18
+    from testing import small_rn18
 
-    with shallow_rn18():
+    with small_rn18():
         return etfzoo.publish(make_classifier(), tmp_path_factory.mktemp("models") / NAME)
 
 

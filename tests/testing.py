@@ -102,7 +102,7 @@ def forked_python(code, *args):
     from etfzoo.models import table
 
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "output.txt"
+        output = Path(folder) / "out", Path(folder) / "err"
         with mock.patch.dict(os.environ, PYTHONPATH=_PATH):
             process = _FORKS.Process(
                 target=_run_code,
@@ -111,9 +111,9 @@ def forked_python(code, *args):
             process.start()  # the first one starts the process that is forked
         process.join(300)
         process.kill()
-        printed = output.read_text("utf-8")
-    assert process.exitcode == 0, printed[-3000:]
-    return printed
+        out, err = (path.read_text("utf-8") for path in output)
+    assert process.exitcode == 0, err[-3000:]
+    return out
 
 
 def _run_code(code, argv, environment, backbones, output):
@@ -124,15 +124,15 @@ def _run_code(code, argv, environment, backbones, output):
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = _PATH.split(os.pathsep)
-    with open(output, "w", encoding="utf-8") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-        with redirect_stdout(file), redirect_stderr(file):
-            try:
-                exec(compile(code, "<code of a test>", "exec"), {"__name__": "__main__"})
-            except BaseException:
-                traceback.print_exc()
-                raise
+    out, err = (open(path, "w", encoding="utf-8") for path in output)
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    with out, err, redirect_stdout(out), redirect_stderr(err):
+        try:
+            exec(compile(code, "<code of a test>", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def run_recipe(recipe, *flags, code=0, cwd=None):

@@ -105,6 +105,7 @@ def test_loads_in_another_process(etf, zoo_folder, tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", pixels())
     code = (
         "import sys, numpy, etfzoo\n"
+        "sys.stderr = sys.stdout\n"
         "model = etfzoo.load('rn18_etf')\n"
         "numpy.save(sys.argv[2], model(numpy.load(sys.argv[1])))\n"
     )

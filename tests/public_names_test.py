@@ -13,8 +13,6 @@ from etfzoo.cli.__main__ import commands
 from etfzoo.models import checkpoint
 from testing import CHECKOUT, fresh_python, make_classifier
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
-
 NAMES = """
 import sys, etfzoo
 assert not {"keras", "tensorflow", "jax"} & set(sys.modules)
@@ -85,7 +83,7 @@ except SystemExit as end:
 """
 
 
-def test_what_models_are_is_known_without_tensorflow(tmp_path):
+def test_what_models_are_is_known_without_tensorflow(small_network, tmp_path):
     model = make_classifier()
     folder = etfzoo.publish(model, tmp_path / "rn18_etf.mine")
     checkpoint.CheckpointManager(tmp_path / "run").save(3, model, None, {})

@@ -20,8 +20,6 @@ from etfzoo.errors import EtfzooError
 from etfzoo.zoo import index, saved_model
 from testing import CHECKOUT, leftovers, run_recipe
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
-
 WNIDS = [f"n{10_000_000 + 37 * i:08d}" for i in range(200)]
 CHOSEN = WNIDS[::2]
 PER_CLASS = {"train": 3, "validation": 2}

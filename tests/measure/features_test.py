@@ -26,7 +26,6 @@ from testing import (
     make_classifier,
     make_image_folder,
     randomize,
-    small_rn18,
 )
 
 pytestmark = pytest.mark.usefixtures("small_rn18")
@@ -277,11 +276,6 @@ def test_names_by_which_sets_of_different_size_compare():
 
 
 def test_measures_of_a_training_and_of_its_resumption(embedded_dir, tmp_path):
-    with small_rn18():
-        check_measures_and_resumption(embedded_dir, tmp_path)
-
-
-def check_measures_and_resumption(embedded_dir, tmp_path):
     config = TrainConfig(
         dataset="digits", data_dir=str(embedded_dir), backbone="rn18", image_size=16, crop=1.0,
         augment="none", flip=False, epochs=2, batch_size=50, eval_split="select",

@@ -361,13 +361,13 @@ def whole(embedded_dir, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_and_started_again_it_ends_with_the_same_numbers(
-    end, whole, embedded_dir, tmp_path
-):
+def test_stopped_and_started_again_it_ends_with_the_same_numbers(whole, embedded_dir, tmp_path):
     root = tmp_path / "stopped"
     flags = tiny_flags(root, embedded_dir, **CHANGES)
-    for moment in ("source/*/config.json", "*/rn18_linear_s0/full/select/*/config.json"):
+    for moment, end in (
+        ("source/*/config.json", signal.SIGKILL),
+        ("*/rn18_linear_s0/full/select/*/config.json", signal.SIGTERM),
+    ):
         process = start_recipe("table1", *flags)
         wait_for(process, lambda m=moment: list(root.glob(m)))
         process.send_signal(end)

@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -23,12 +24,12 @@ def embedded_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def small_rn18():
-    """See `testing.small_rn18`; for all tests of a module."""
+@pytest.fixture(scope="module", autouse=True)
+def network_of_module(request):
+    """See `testing.small_rn18`: before all other fixtures of a module that is marked so."""
     import testing
 
-    with testing.small_rn18():
+    with testing.small_rn18() if request.node.get_closest_marker("small_rn18") else nullcontext():
         yield
 
 

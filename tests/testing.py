@@ -258,7 +258,7 @@ def small_rn18():
     """rn18 with 3 of its 8 blocks and few channels, for tests of what hangs on neither.
 
     Graphs of a third of the size, and 0.1 million weights in place of 11 (the stem keeps its 64
-    channels). Not for tests that compare with another process, which knows the real one.
+    channels). Not for tests that compare with a process that they start: it knows the real one.
     """
     from etfzoo.models import table
 

@@ -12,7 +12,7 @@ from etfzoo.training import identity
 from etfzoo.training.config import TrainConfig
 from testing import make_classifier, make_image_folder, run_recipe
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 NAMES = ("ant", "bee")
 
 

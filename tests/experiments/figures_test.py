@@ -19,7 +19,7 @@ from etfzoo.measure.features import extract
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 from testing import leftovers, make_classifier, run_recipe
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
 

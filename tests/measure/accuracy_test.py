@@ -18,7 +18,7 @@ from etfzoo.models.classifier import build_classifier
 from etfzoo.runtime import step_tf
 from testing import make_image_folder, randomize
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 K = 7
 

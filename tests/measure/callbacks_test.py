@@ -10,7 +10,7 @@ from etfzoo.measure.callbacks import NeuralCollapse
 from etfzoo.measure.features import linear_head
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 K = 3
 

@@ -28,7 +28,7 @@ from testing import (
     randomize,
 )
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 COUNTS = {"a": 12, "b": 9, "c": 7}
 

@@ -13,7 +13,7 @@ from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.models import checkpoint
 from testing import small_disk
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

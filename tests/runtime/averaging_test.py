@@ -13,7 +13,7 @@ from etfzoo.runtime.averaging import WeightAverage
 from etfzoo.runtime.step_tf import Stepper
 from testing import CHECKOUT, forked_python
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 COUNTS = (1, 2, 1, 1)  # steps of one call
 STEPS = sum(COUNTS)

@@ -7,7 +7,7 @@ import pytest
 from etfzoo.models.classifier import build_classifier
 from etfzoo.runtime import losses
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 def reference(labels, logits, smoothing):

@@ -11,7 +11,7 @@ import tensorflow as tf
 import etfzoo
 from etfzoo.runtime.step_tf import Stepper, evaluation_step, repeated
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 DECAY, RATE, MOMENTUM, STEPS = 0.05, 0.1, 0.9, 100
 

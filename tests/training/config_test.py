@@ -16,7 +16,7 @@ from etfzoo.training.config import TrainConfig, kind_of
 from etfzoo.training.job import Job
 from testing import fresh_python
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 

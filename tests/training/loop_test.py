@@ -20,7 +20,7 @@ from etfzoo.training import loop, search
 from etfzoo.training.config import TrainConfig
 from testing import last_checkpoint
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from etfzoo.training import transfer
 from etfzoo.training.config import TrainConfig
 from etfzoo.zoo.load import load
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from testing import assert_close, fresh_python, leftovers, run_recipe, small_dis
 from testing import make_classifier as make
 from testing import random_pixels as pixels
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 def run_onnx(path, images):

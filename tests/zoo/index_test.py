@@ -13,7 +13,7 @@ import server as http
 from etfzoo.zoo import index, manifest
 from testing import randomize
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 ROW = {
     "dataset": "shapes/source",

@@ -15,7 +15,7 @@ from etfzoo.models.table import BACKBONES, METHODS
 from etfzoo.zoo import handles, index
 from testing import forked_python, fresh_python, randomize
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 SIDE = 32
 

@@ -16,7 +16,7 @@ from etfzoo.zoo import manifest, publish, saved_model
 from testing import held_by_another_process, leftovers, small_disk
 from testing import make_classifier as make
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

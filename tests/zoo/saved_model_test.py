@@ -18,7 +18,7 @@ from testing import SIDE, assert_close, leftovers
 from testing import make_classifier as make
 from testing import random_pixels as pixels
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

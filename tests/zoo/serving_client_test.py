@@ -28,7 +28,7 @@ from prediction_service import Models
 from prediction_service import serving as serving_models
 from testing import CHECKOUT, assert_close, randomize, run_recipe, smooth_image
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 ROOT = CHECKOUT
 SIDE = 32

@@ -12,7 +12,7 @@ from etfzoo.models import weights
 from etfzoo.zoo import manifest, publish, saved_model, verify
 from testing import leftovers, make_classifier, random_pixels
 
-pytestmark = pytest.mark.usefixtures("small_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 def quantized(model):

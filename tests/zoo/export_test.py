@@ -63,7 +63,7 @@ def test_onnx_without_its_package(tmp_path, monkeypatch):
 
 
 def test_full_disk(tmp_path):
-    with small_disk(tmp_path / "disk", "8m") as disk:
+    with small_disk(tmp_path / "disk", "200k") as disk:
         for export, name in ((formats.export_onnx, "m.onnx"), (formats.export_keras, "m.keras")):
             with pytest.raises(etfzoo.EtfzooError, match="cannot write .*No space left on device"):
                 export(make(), disk / name)

@@ -137,9 +137,14 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def extractor(model):
+    return features.Extractor(model)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_made_again(photos, model, tmp_path, damage, caplog):
-    extractor, data = features.Extractor(model), pipeline(photos)
+def test_a_damaged_cache_is_made_again(photos, extractor, tmp_path, damage, caplog):
+    data = pipeline(photos)
     wanted = extractor.load(data, "test", tmp_path)
     wanted = features.Features(np.array(wanted.features), wanted.labels)
     (path,) = tmp_path.glob("*.float32")
@@ -154,8 +159,8 @@ def test_a_damaged_cache_is_made_again(photos, model, tmp_path, damage, caplog):
     assert len(told) == (not damage.startswith("no "))
 
 
-def test_a_pipe_in_the_cache_of_features(photos, model, tmp_path):
-    extractor, data = features.Extractor(model), pipeline(photos)
+def test_a_pipe_in_the_cache_of_features(photos, extractor, tmp_path):
+    data = pipeline(photos)
     extractor.load(data, "test", tmp_path)
     _pipe(*tmp_path.glob("*.float32"), *tmp_path.glob("*.npz"))
     with pytest.raises(EtfzooError, match="float32: it is no regular file"):

@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 from contextlib import nullcontext
 
@@ -12,6 +13,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(1800))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a million objects of the imports, which each full collection would walk again
 
 
 @pytest.fixture(scope="session")

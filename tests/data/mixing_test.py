@@ -49,7 +49,9 @@ def draws(mixing, count, epoch=3, size=(HEIGHT, WIDTH)):
     return {name: values.numpy() for name, values in drawn.items()}
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 8.0])
+@pytest.mark.parametrize(
+    "alpha", [0.01, 1.0, *(pytest.param(a, marks=pytest.mark.slow) for a in (0.2, 8.0))]
+)
 def test_mixup_draws_from_beta(alpha):
     drawn = draws(Mixing(mixup=alpha), 2000)
     np.testing.assert_array_equal(drawn["share"], drawn["blend"])
@@ -161,13 +163,13 @@ def test_batches_are_the_plain_ones_mixed(photos):
 def test_batches_repeat_and_resume_bit_for_bit(photos):
     whole = read(make_pipeline(photos, BOTH).training("train", 1))
     assert_same(read(make_pipeline(photos, BOTH).training("train", 1)), whole)
-    for step in (1, 4, 6):
+    for step in (1, 6):
         assert_same(read(make_pipeline(photos, BOTH).training("train", 1, step)), whole[step:])
     other = read(make_pipeline(photos, BOTH).training("train", 0))
     assert not np.array_equal(other[0][0], whole[0][0])
 
 
-@pytest.mark.parametrize("count, replicas, start", [(1, 2, 0), (2, 2, 2), (2, 4, 0)])
+@pytest.mark.parametrize("count, replicas, start", [(1, 2, 0), (2, 4, 2)])
 def test_shares_of_all_pipelines_are_the_global_batches(photos, count, replicas, start):
     whole = read(make_pipeline(photos, BOTH).training("train", 5, start))
     parts = [

@@ -176,7 +176,7 @@ def test_progressive_resizing_trains_each_epoch_at_its_size(resized, config, tmp
 
 
 # Inside the first stage, and between the two.
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_progressive_resizing_resumes_bit_equal(resized, tmp_path, step):
     workdir, config, _ = resized
     _begin(workdir, tmp_path, step)

@@ -154,8 +154,8 @@ def simplex_with_crosses(classes, dim, a, r):
 
 
 def test_known_truth():
-    r = 2 * np.sqrt(1.9890 * 100 * 256 / 99**2)
-    features, labels, truth = simplex_with_crosses(100, 256, 2.0, r)
+    r = 2 * np.sqrt(1.9890 * 104 * 256 / 103**2)
+    features, labels, truth = simplex_with_crosses(104, 256, 2.0, r)
     np.testing.assert_allclose(truth["nc1"], 1.9890)
     result = measure(features, labels)
     assert_equal(result, truth, 1e-11, truth)

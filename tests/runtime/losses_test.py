@@ -7,8 +7,6 @@ import pytest
 from etfzoo.models.classifier import build_classifier
 from etfzoo.runtime import losses
 
-pytestmark = pytest.mark.small_rn18
-
 
 def reference(labels, logits, smoothing):
     """Cross-entropy in float64, from the probabilities of the definition."""

@@ -114,6 +114,11 @@ def test_probe_of_classes_without_training_examples(tmp_path):
     two = labels != 4
     ((kernel, bias),) = transfer._fit(Features(x[two], labels[two]), (1.0,), num_classes=6)
     np.testing.assert_array_equal(np.argmax(x[two] @ kernel + bias, 1), labels[two])
+    # Of two classes the difference of the logits is scikit-learn's decision.
+    z = (x[two] - x[two].mean(0)) / x[two].std(0)
+    decision = LogisticRegression(tol=1e-6, max_iter=5000).fit(z, labels[two]).decision_function(z)
+    logits = x[two] @ kernel + bias
+    np.testing.assert_allclose(logits[:, 3] - logits[:, 1], decision, rtol=1e-6)
 
 
 def correlated(n, classes=10, dim=60, seed=0):

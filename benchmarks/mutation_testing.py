@@ -212,9 +212,10 @@ def drawn(only, count, seed, left_out) -> list[Mutation]:
         file = path.relative_to(ROOT).as_posix()
         if file.startswith(tuple(only)):
             found += Finder(file, path.read_bytes()).found
-    found = [mutation for mutation in found if mutation.key not in left_out]
     print(f"{len(found)} mutations to draw from", flush=True)
-    return random.Random(seed).sample(found, min(count, len(found)))
+    random.Random(seed).shuffle(found)
+    # After the draw, so that one that is left out gives its place to the next and changes no other.
+    return [mutation for mutation in found if mutation.key not in left_out][:count]
 
 
 def given(rows, only) -> list[Mutation]:

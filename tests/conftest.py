@@ -1,6 +1,8 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -13,6 +15,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(1800))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # a million objects of the imports, which each full collection would walk again
+
+
 @pytest.fixture(scope="session")
 def embedded_dir(tmp_path_factory):
     """TFDS data directory with digits; who resolves the shapes first draws them there."""
@@ -23,10 +29,19 @@ def embedded_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def shallow_rn18():
-    """See `testing.shallow_rn18`; for all tests of a module."""
-    from testing import shallow_rn18
+@pytest.fixture(scope="module", autouse=True)
+def network_of_module(request):
+    """See `testing.small_rn18`: before all other fixtures of a module that is marked so."""
+    import testing
 
-    with shallow_rn18():
+    with testing.small_rn18() if request.node.get_closest_marker("small_rn18") else nullcontext():
+        yield
+
+
+@pytest.fixture
+def small_network():
+    """The same for one test."""
+    import testing
+
+    with testing.small_rn18():
         yield

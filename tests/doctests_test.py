@@ -82,6 +82,7 @@ def test_the_python_of_the_readme(tmp_path, monkeypatch):
     assert names["flowers"].output_shape == (None, 102)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_about_keras(published, embedded_dir, monkeypatch):
     """With a small model in place of a large one, and the data where tests have them."""
     monkeypatch.chdir(published)

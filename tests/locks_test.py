@@ -55,7 +55,7 @@ def test_children_of_a_killed_process_are_waited_for(tmp_path, capsys):
     code = (
         "import subprocess, sys, os, signal; from etfzoo import locks\n"
         "with locks.lock(sys.argv[1], 'it') as held:\n"
-        "    subprocess.Popen(['sleep', '3'], pass_fds=(held,), stdout=-3, stderr=-3)\n"
+        "    subprocess.Popen(['sleep', '1.5'], pass_fds=(held,), stdout=-3, stderr=-3)\n"
         "    print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     dead = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)

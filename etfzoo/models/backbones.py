@@ -41,9 +41,9 @@ def apply_backbone(name: str, images, norm: str = "bn") -> keras.KerasTensor:
     import keras_cv  # after the check, as it chooses its Keras while it is imported
 
     network = keras_cv.models.ResNetBackbone(
-        stackwise_filters=[64, 128, 256, 512],
+        stackwise_filters=list(row.filters),
         stackwise_blocks=list(row.blocks),
-        stackwise_strides=[1, 2, 2, 2],
+        stackwise_strides=[1, 2, 2, 2][: len(row.blocks)],
         block_type=row.block_type,
         include_rescaling=False,
         input_tensor=images,

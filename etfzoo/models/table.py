@@ -18,14 +18,18 @@ class Backbone:
 
     block_type: str
     blocks: tuple[int, ...]
-    feature_dim: int
+    filters: tuple[int, ...] = (64, 128, 256, 512)
+
+    @property
+    def feature_dim(self) -> int:
+        return self.filters[-1] * (4 if self.block_type == "block" else 1)
 
 
 BACKBONES = {
-    "rn18": Backbone("basic_block", (2, 2, 2, 2), 512),
-    "rn34": Backbone("basic_block", (3, 4, 6, 3), 512),
-    "rn50": Backbone("block", (3, 4, 6, 3), 2048),
-    "rn101": Backbone("block", (3, 4, 23, 3), 2048),
+    "rn18": Backbone("basic_block", (2, 2, 2, 2)),
+    "rn34": Backbone("basic_block", (3, 4, 6, 3)),
+    "rn50": Backbone("block", (3, 4, 6, 3)),
+    "rn101": Backbone("block", (3, 4, 23, 3)),
 }
 
 

@@ -13,15 +13,19 @@ from PIL import Image
 
 import etfzoo
 from etfzoo.cli import configs, flags
-from testing import CHECKOUT, finish, last_checkpoint, run_recipe, small_disk, start_recipe
+from testing import (
+    CHECKOUT,
+    finish,
+    last_checkpoint,
+    run_recipe,
+    small_disk,
+    small_rn18,
+    start_recipe,
+)
 
 ROOT = CHECKOUT
 TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
 RN18 = ("--backbone=rn18", *TINY)
-
-
-def _run(recipe, *flags, **environment):
-    return finish(recipe, start_recipe(recipe, *flags, **environment))
 
 
 def _assert_one_line(err, message):
@@ -102,19 +106,20 @@ def test_bad_flags(tmp_path, recipe, flags, message):
 def pretrained(embedded_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pretrained") / "run"
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
-    out = run_recipe("pretrain", "--head=etf", *flags, f"--workdir={workdir}")
+    with small_rn18():
+        out = run_recipe("pretrain", "--head=etf", *flags, f"--workdir={workdir}")
     assert "top-1" in out and "Epoch 1/1 - 4/4" in out
     return workdir
 
 
 @pytest.mark.slow
-def test_config_json_repeats_the_run_bit_for_bit(pretrained, tmp_path):
+def test_config_json_repeats_the_run_bit_for_bit(small_network, pretrained, tmp_path):
     run_recipe("pretrain", f"--config={pretrained}/config.json", f"--workdir={tmp_path / 'again'}")
     _assert_bit_equal(pretrained, tmp_path / "again")
 
 
 @pytest.mark.slow
-def test_finetune_probe_evaluate_publish_load(pretrained, embedded_dir, tmp_path):
+def test_finetune_probe_evaluate_publish_load(small_network, pretrained, embedded_dir, tmp_path):
     data = ("--dataset=shapes/outlines", f"--data_dir={embedded_dir}")
     tuned, probed = tmp_path / "tuned", tmp_path / "probed"
     rates = "--learning_rate=0.001,0.02"
@@ -139,7 +144,7 @@ def test_finetune_probe_evaluate_publish_load(pretrained, embedded_dir, tmp_path
 
 
 @pytest.mark.slow
-def test_collapse_measures_and_knn(pretrained, embedded_dir, tmp_path):
+def test_collapse_measures_and_knn(small_network, pretrained, embedded_dir, tmp_path):
     data = f"--data_dir={embedded_dir}"
     flags = (f"--model={pretrained}", data, "--feature_cache=cache")
     out = run_recipe(
@@ -176,7 +181,7 @@ def _photos(root, broken=0):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_own_images_with_truncated_jpegs(tmp_path):
+def test_own_images_with_truncated_jpegs(small_network, tmp_path):
     _photos(tmp_path / "photos", broken=3)
     flags = (f"--dataset=folder:{tmp_path}/photos", *RN18, "--batch_size=8", "--epochs=2")
     err = run_recipe("pretrain", *flags, f"--workdir={tmp_path}/a", code=2)
@@ -232,7 +237,7 @@ def long_run(embedded_dir, tmp_path_factory):
                  "--batch_size=20", "--checkpoint_every=3", *regularisers)  # fmt: skip
         if regularisers not in done:
             done[regularisers] = tmp_path_factory.mktemp("whole") / "run"
-            _run("pretrain", *flags, f"--workdir={done[regularisers]}")
+            run_recipe("pretrain", *flags, f"--workdir={done[regularisers]}")
         return flags, done[regularisers]
 
     return flags_and_workdir
@@ -250,26 +255,26 @@ def test_sigkill_and_restart_ends_bit_equal(moment, regularisers, long_run, tmp_
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (killed / "result.json").exists()
-    _run("pretrain", *flags, f"--workdir={killed}")
+    run_recipe("pretrain", *flags, f"--workdir={killed}")
     assert not list(killed.rglob(".*.tmp"))
     _assert_bit_equal(whole, killed)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_exits_75_and_resumes_bit_equal(pretrained, embedded_dir, tmp_path):
+def test_sigterm_saves_exits_75_and_resumes_bit_equal(embedded_dir, tmp_path):
     flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18, "--epochs=2")
-    _run("pretrain", *flags, f"--workdir={tmp_path}/whole")
+    run_recipe("pretrain", *flags, f"--workdir={tmp_path}/whole")
     stopped = tmp_path / "stopped"
     process = start_recipe("pretrain", *flags, "--checkpoint_every=1", f"--workdir={stopped}")
     _wait_for(process, lambda: MOMENTS["inside an epoch"](stopped), "a step")
     process.terminate()
     assert "run the same command to go on" in finish("pretrain", process, code=75)
-    _run("pretrain", *flags, f"--workdir={stopped}")
+    run_recipe("pretrain", *flags, f"--workdir={stopped}")
     _assert_bit_equal(tmp_path / "whole", stopped)
 
 
-def test_a_full_disk_while_training(embedded_dir, tmp_path):
-    with small_disk(tmp_path / "disk", "20m") as disk:
+def test_a_full_disk_while_training(small_network, embedded_dir, tmp_path):
+    with small_disk(tmp_path / "disk", "300k") as disk:
         flags = ("--dataset=digits", f"--data_dir={embedded_dir}", *RN18)
         err = run_recipe("pretrain", *flags, f"--workdir={disk}/run", code=2)
         assert "No space left on device" in err
@@ -277,7 +282,9 @@ def test_a_full_disk_while_training(embedded_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_switchable_whitening_from_pretraining_to_fine_tuning(embedded_dir, tmp_path):
+def test_switchable_whitening_from_pretraining_to_fine_tuning(
+    small_network, embedded_dir, tmp_path
+):
     data, run = f"--data_dir={embedded_dir}", tmp_path / "run"
     flags = ("--head=linear", "--norm=sw", "--backbone=rn18", "--protocol=sw_official", data)
     flags += ("--image_size=32", "--epochs=1", "--batch_size=50", "--dataset=digits")

@@ -40,7 +40,7 @@ def triangle_filter(old, new, antialias=True, start=0.0, length=None):
 def resize(image, height, width, antialias=True):
     rows = triangle_filter(image.shape[0], height, antialias)
     columns = triangle_filter(image.shape[1], width, antialias)
-    return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64))
+    return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64), optimize=True)
 
 
 def resized_centre(image, height, width, crop):
@@ -50,7 +50,7 @@ def resized_centre(image, height, width, crop):
         triangle_filter(old, new, start=(old - scale * new) / 2, length=scale * new)
         for old, new in zip(image.shape[:2], (height, width), strict=True)
     )
-    return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64))
+    return np.einsum("hy,wx,yxc->hwc", rows, columns, image.astype(np.float64), optimize=True)
 
 
 def evaluated(encoded, height, width, crop=CROP):

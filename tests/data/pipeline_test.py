@@ -133,12 +133,13 @@ def test_draws_depend_on_the_example_and_not_on_its_neighbours(source, tmp_path)
     assert len(small) == TRAIN // 2 and small == large
 
 
-@pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize("name", ["source", "digits"])
+@pytest.mark.parametrize(
+    "name, crop", [*(("source", crop) for crop in CROPS), ("digits", "resized_crop")]
+)
 def test_start_step_gives_the_tail_of_the_epoch(name, crop, request):
     pipeline = make_pipeline(request.getfixturevalue(name), crop)
     whole = read(pipeline.training("train", 1))
-    for step in (0, 1, 3, len(whole) - 1, len(whole)):
+    for step in (0, 1, len(whole) - 1, len(whole)) if crop == "resized_crop" else (1,):
         assert same(whole[step:], read(pipeline.training("train", 1, step)))
 
 
@@ -288,8 +289,7 @@ def test_other_errors_pass_through(source):
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("count, replicas", [(1, 2), (2, 2), (3, 3), (3, 6)])
-@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("count, replicas, start", [(1, 2, 2), (2, 2, 0), (3, 6, 2)])
 def test_shares_of_all_pipelines_are_the_global_batches(
     source, count, replicas, start, monkeypatch
 ):
@@ -319,7 +319,7 @@ def test_shares_of_all_pipelines_are_the_global_batches(
     assert sum(map(len, parts)) == len(whole) * replicas
 
 
-@pytest.mark.parametrize("count, replicas", [(1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize("count, replicas", [(1, 2), (2, 2), (3, 6)])
 def test_shares_of_an_evaluation_hold_every_example_once(source, count, replicas):
     (images, labels), rest = read(make_pipeline(source).evaluation("test"))
     images, labels = np.concatenate([images, rest[0]]), np.concatenate([labels, rest[1]])

@@ -5,8 +5,10 @@ import socket
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from datasets_test import intervals
 
 from etfzoo.data import shapes
+from etfzoo.data.datasets import DATASETS, EMBEDDED
 
 CONFIGS = {config.name: config for config in shapes.Shapes.BUILDER_CONFIGS}
 
@@ -107,6 +109,18 @@ def test_prepared_shapes_read_back(data_dir, name, classes, per_class):
         assert len(where) == len(images)
         for index in (0, 1, classes + 2):
             assert where[shapes.render(config.name, split, index).tobytes()] == index % classes
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_row_against_the_embedded_builder(name, data_dir):
+    row = DATASETS[name]
+    builder = tfds.builder(row.tfds, data_dir=data_dir)
+    assert {split: info.num_examples for split, info in builder.info.splits.items()} == row.counts
+    assert builder.info.features["label"].num_classes == row.num_classes
+    for role in ("train", "fit", "select", "test"):
+        wanted = len(intervals(getattr(row, role), row.counts))
+        assert min(1000, builder.info.splits[getattr(row, role)].num_examples) == wanted
+    assert builder.info.features["image"].shape[0] == row.native
 
 
 def test_prepared_digits_read_back(data_dir):

@@ -19,6 +19,8 @@ from etfzoo.measure.features import extract
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 from testing import leftovers, make_classifier, run_recipe
 
+pytestmark = pytest.mark.small_rn18
+
 TINY = ("--protocol=quickstart", "--epochs=1", "--batch_size=50")
 
 
@@ -101,7 +103,7 @@ def test_extracted_features_are_the_models(embedded_dir):
     model = make_classifier()
     source = sources.resolve("digits", str(embedded_dir))
     features, labels = extract(model, source, "train", batch_size=64)
-    assert features.shape == (200, 512) and features.dtype == np.float64
+    assert features.shape == (200, 32) and features.dtype == np.float64
     records = list(source.records("train"))
     assert labels.tolist() == [int(r["label"]) for r in records]
     images = np.stack([evaluation_image(r["image"], 32, 32, 0.875) for r in records[:5]])
@@ -178,7 +180,7 @@ def test_figures_of_a_trained_model(pretrained, embedded_dir, tmp_path):
     assert_picture(tmp_path / "two" / "figure2.png", 1000)
     # With a = 0 and a square Haar W it is plain ridge regression on the features.
     scale = np.sqrt(np.mean(np.square(train[0] - train[0].mean(0))))
-    x, y = ((f - train[0].mean(0)) / scale / np.sqrt(512) for f in (train[0], test[0]))
+    x, y = ((f - train[0].mean(0)) / scale / np.sqrt(32) for f in (train[0], test[0]))
     fit = RidgeRegression(x, np.eye(10)[train[1]])
     mse = np.mean(np.square(fit.predict(y, 0.01) - np.eye(10)[test[1]]))
     found = table(tmp_path / "two" / "figure2.csv")[0]

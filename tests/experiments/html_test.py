@@ -127,6 +127,8 @@ def test_accuracy_by_domain_draws_what_it_is_given(tmp_path):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["near", "far"]
     first = axes.containers[0]
     np.testing.assert_allclose(first[0].get_ydata(), [80, 50])
+    places = [container[0].get_xdata() for container in axes.containers]
+    np.testing.assert_allclose(places, [[-0.06, 0.94], [0.06, 1.06]])  # side by side
     bars = [segment[:, 1] for segment in first[2][0].get_segments()]
     np.testing.assert_allclose(bars, [[70, 85], [40, 60]])
     plots.save_png(drawn, tmp_path / "a.png")

@@ -60,8 +60,10 @@ def test_networks():
         a_block = {"basic_block": 2, "block": 3}[row.block_type]
         assert a_block * sum(row.blocks) + 2 == layers and row.feature_dim == width
     assert BACKBONES["rn18"].blocks == (2, 2, 2, 2) and BACKBONES["rn34"].blocks == (3, 4, 6, 3)
-    assert dataclasses.astuple(BACKBONES["rn50"]) == ("block", (3, 4, 6, 3), 2048)
-    assert dataclasses.astuple(BACKBONES["rn101"]) == ("block", (3, 4, 23, 3), 2048)
+    filters = (64, 128, 256, 512)
+    assert all(row.filters == filters for row in BACKBONES.values())
+    assert dataclasses.astuple(BACKBONES["rn50"]) == ("block", (3, 4, 6, 3), filters)
+    assert dataclasses.astuple(BACKBONES["rn101"]) == ("block", (3, 4, 23, 3), filters)
     assert len(BACKBONES) == 4
 
 

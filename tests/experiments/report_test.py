@@ -9,6 +9,7 @@ import urllib.parse
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from etfzoo import EtfzooError
 from etfzoo.data.datasets import DATASETS
@@ -130,6 +131,12 @@ def sweep(tmp_path_factory):
     root = make_sweep(tmp_path_factory.mktemp("sweep") / "a")
     report.write(root)
     return root
+
+
+@pytest.fixture(autouse=True)
+def undrawn(sweep, monkeypatch):
+    """The pictures of `sweep` are drawn; those of other reports would be the same ones again."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **kwargs: file.write(b"PNG"))
 
 
 def result_of(root, workdir):

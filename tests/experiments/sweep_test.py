@@ -18,7 +18,7 @@ from etfzoo.runtime import hardware
 from etfzoo.training import search, transfer
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
-from testing import held_by_another_process, run_recipe, start_recipe
+from testing import held_by_another_process, run_recipe, small_rn18, start_recipe
 
 TINY = {
     "source": "digits",
@@ -82,14 +82,24 @@ def test_only_positive_grids_are_widened():
         search.beyond((0.0, 1.0), (1, 0))
 
 
-@pytest.fixture(scope="module")
-def pretrained(embedded_dir, tmp_path_factory):
+def pretrain(root, data_dir):
     """A sweep's directory with a finished pretraining, made by hand with the printed command."""
-    root = tmp_path_factory.mktemp("sweep")
-    settings = sweep.Sweep(root=str(root), data_dir=str(embedded_dir), **TINY)
+    settings = sweep.Sweep(root=str(root), data_dir=str(data_dir), **TINY)
     cell = sweep.cells(settings)[0]
     run_recipe(cell.job.command, *cell.job.arguments())
     return settings
+
+
+@pytest.fixture(scope="module")
+def pretrained(embedded_dir, tmp_path_factory):
+    """With the network that the processes of cells know."""
+    return pretrain(tmp_path_factory.mktemp("sweep"), embedded_dir)
+
+
+@pytest.fixture(scope="module")
+def small(embedded_dir, tmp_path_factory):
+    with small_rn18():
+        return pretrain(tmp_path_factory.mktemp("small"), embedded_dir)
 
 
 def copy(settings, root):
@@ -281,8 +291,8 @@ def test_the_plan_of_imagenet_needs_no_data(protocol, tmp_path):
 # The cells.
 
 
-def test_what_was_made_by_hand_is_finished(pretrained):
-    cells = sweep.cells(pretrained)
+def test_what_was_made_by_hand_is_finished(small):
+    cells = sweep.cells(small)
     assert [sweep.state(cell) for cell in cells] == ["finished", "to do", "to do"]
     (rate,) = sweep.measured_rates(cells).values()
     seconds = hardware.read(cells[0].workdir)["seconds"]
@@ -296,13 +306,13 @@ def test_what_was_made_by_hand_is_finished(pretrained):
         True,
         False,
     ]
-    other = dataclasses.replace(pretrained, epochs=2)
+    other = dataclasses.replace(small, epochs=2)
     with pytest.raises(EtfzooError, match="epochs 1 there, 2 here"):
         [sweep.state(cell) for cell in sweep.cells(other)]
 
 
-def test_two_sweeps_in_one_directory(pretrained, tmp_path):
-    settings = copy(pretrained, tmp_path / "root")
+def test_two_sweeps_in_one_directory(small, tmp_path):
+    settings = copy(small, tmp_path / "root")
     with held_by_another_process(settings.root) as process:
         with pytest.raises(EtfzooError, match=f"a sweep is at work in .*process {process.pid} on"):
             runner.run(settings, "")
@@ -361,13 +371,13 @@ def whole(embedded_dir, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_and_started_again_it_ends_with_the_same_numbers(
-    end, whole, embedded_dir, tmp_path
-):
+def test_stopped_and_started_again_it_ends_with_the_same_numbers(whole, embedded_dir, tmp_path):
     root = tmp_path / "stopped"
     flags = tiny_flags(root, embedded_dir, **CHANGES)
-    for moment in ("source/*/config.json", "*/rn18_linear_s0/full/select/*/config.json"):
+    for moment, end in (
+        ("source/*/config.json", signal.SIGKILL),
+        ("*/rn18_linear_s0/full/select/*/config.json", signal.SIGTERM),
+    ):
         process = start_recipe("table1", *flags)
         wait_for(process, lambda m=moment: list(root.glob(m)))
         process.send_signal(end)

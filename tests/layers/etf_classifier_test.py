@@ -248,6 +248,7 @@ np.savez(sys.argv[2], **out)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax_backend(tmp_path):
     h = features().astype(np.float32)

@@ -14,7 +14,7 @@ from etfzoo.layers import ETFClassifier, FusedBatchNormalization
 from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.models import backbones, weights
 from etfzoo.runtime import step_tf
-from testing import CHECKOUT, fresh_python, randomize
+from testing import CHECKOUT, forked_python, fresh_python, randomize
 
 C = 6
 KINDS = (FusedBatchNormalization, keras.layers.BatchNormalization)
@@ -386,7 +386,7 @@ print(json.dumps(results))
 
 def test_replicas():
     """Synchronised ones are one device; others each have a fused op, as they have in Keras."""
-    results = json.loads(fresh_python(_MIRRORED).splitlines()[-1])
+    results = json.loads(forked_python(_MIRRORED).splitlines()[-1])
     assert len(results) == 4
     for dtype, synchronized, ours, theirs, whole in results:
         bound = 1e-12 if dtype == "float64" else 1e-5
@@ -425,7 +425,7 @@ def test_jax_backend():
     fresh_python(_JAX, KERAS_BACKEND="jax")
 
 
-def test_stock_keras_loads_it(tmp_path):
+def test_stock_keras_loads_it(small_network, tmp_path):
     """Without etfzoo: see tests/zoo/export_test.py."""
     model = randomize(etfzoo.build_classifier("rn18", 5, input_shape=(32, 32, 3), scale=3.0))
     step_tf.synchronize(model, True)

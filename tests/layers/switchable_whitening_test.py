@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from etfzoo.layers import SwitchableWhitening
-from testing import CHECKOUT, fresh_python
+from testing import CHECKOUT, forked_python, fresh_python
 
 C, GROUP = 12, 4
 TYPES = (1, 2, 3, 5)  # each is also the number of logits
@@ -143,7 +143,9 @@ def check(layer, x, training=True, function=forward_backward):
         assert error < gradient_bound * max(np.linalg.norm(exact), 0.01), name
 
 
-@pytest.mark.parametrize("ratio", [0, 1, 10, 30])
+@pytest.mark.parametrize(
+    "ratio", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 10)), 30]
+)
 @pytest.mark.parametrize("dtype, sw_type", CASES)
 def test_training(dtype, sw_type, ratio):
     layer = make(sw_type, dtype=dtype)
@@ -362,7 +364,7 @@ print(json.dumps(errors))
     "shares", [pytest.param([[4, 4], [5, 3]], marks=pytest.mark.slow), [[2, 2, 2], [1, 2, 3]]]
 )
 def test_synchronized_replicas_are_one_device(shares):
-    out = fresh_python(_MIRRORED, json.dumps(shares))
+    out = forked_python(_MIRRORED, json.dumps(shares))
     found = json.loads(out.splitlines()[-1])
     assert [synchronized for synchronized, _ in found] == [True, True, False] * 2
     for synchronized, error in found:

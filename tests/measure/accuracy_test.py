@@ -18,6 +18,8 @@ from etfzoo.models.classifier import build_classifier
 from etfzoo.runtime import step_tf
 from testing import make_image_folder, randomize
 
+pytestmark = pytest.mark.small_rn18
+
 K = 7
 
 

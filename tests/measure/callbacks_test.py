@@ -10,6 +10,8 @@ from etfzoo.measure.callbacks import NeuralCollapse
 from etfzoo.measure.features import linear_head
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 
+pytestmark = pytest.mark.small_rn18
+
 K = 3
 
 

@@ -15,7 +15,7 @@ from etfzoo.measure import accuracy, classes
 from etfzoo.models.classifier import build_classifier
 from testing import make_image_folder, randomize, run_recipe
 
-pytestmark = pytest.mark.usefixtures("shallow_rn18")
+pytestmark = pytest.mark.small_rn18
 COUNTS = {"ant": 5, "bee": 6, "cat": 7}
 
 

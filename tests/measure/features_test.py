@@ -21,13 +21,14 @@ from etfzoo.training import loop
 from etfzoo.training.config import TrainConfig
 from testing import (
     CHECKOUT,
-    fresh_python,
+    forked_python,
     leftovers,
     make_classifier,
     make_image_folder,
     randomize,
-    shallow_rn18,
 )
+
+pytestmark = pytest.mark.small_rn18
 
 COUNTS = {"a": 12, "b": 9, "c": 7}
 
@@ -136,9 +137,14 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def extractor(model):
+    return features.Extractor(model)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_made_again(photos, model, tmp_path, damage, caplog):
-    extractor, data = features.Extractor(model), pipeline(photos)
+def test_a_damaged_cache_is_made_again(photos, extractor, tmp_path, damage, caplog):
+    data = pipeline(photos)
     wanted = extractor.load(data, "test", tmp_path)
     wanted = features.Features(np.array(wanted.features), wanted.labels)
     (path,) = tmp_path.glob("*.float32")
@@ -153,8 +159,8 @@ def test_a_damaged_cache_is_made_again(photos, model, tmp_path, damage, caplog):
     assert len(told) == (not damage.startswith("no "))
 
 
-def test_a_pipe_in_the_cache_of_features(photos, model, tmp_path):
-    extractor, data = features.Extractor(model), pipeline(photos)
+def test_a_pipe_in_the_cache_of_features(photos, extractor, tmp_path):
+    data = pipeline(photos)
     extractor.load(data, "test", tmp_path)
     _pipe(*tmp_path.glob("*.float32"), *tmp_path.glob("*.npz"))
     with pytest.raises(EtfzooError, match="float32: it is no regular file"):
@@ -220,7 +226,7 @@ np.savez(sys.argv[5], features=found.features, labels=found.labels)
 def test_several_devices_see_every_example_once(photos, model, tmp_path, devices):
     etfzoo.publish(model, tmp_path / "model")
     out = tmp_path / "out.npz"
-    fresh_python(_DEVICES, devices, photos, CHECKOUT / "tests/measure", tmp_path / "model", out)
+    forked_python(_DEVICES, devices, photos, CHECKOUT / "tests/measure", tmp_path / "model", out)
     several = dict(np.load(out))
     one = features.Extractor(model).load(pipeline(photos), "train")
     np.testing.assert_array_equal(several["labels"], one.labels)
@@ -275,11 +281,6 @@ def test_names_by_which_sets_of_different_size_compare():
 
 
 def test_measures_of_a_training_and_of_its_resumption(embedded_dir, tmp_path):
-    with shallow_rn18():
-        check_measures_and_resumption(embedded_dir, tmp_path)
-
-
-def check_measures_and_resumption(embedded_dir, tmp_path):
     config = TrainConfig(
         dataset="digits", data_dir=str(embedded_dir), backbone="rn18", image_size=16, crop=1.0,
         augment="none", flip=False, epochs=2, batch_size=50, eval_split="select",

@@ -11,7 +11,7 @@ from etfzoo.errors import EtfzooError
 from etfzoo.layers import SwitchableWhitening
 from etfzoo.models import backbones, weights
 from etfzoo.models.table import BACKBONES
-from testing import fresh_python, randomize, shallow_rn18
+from testing import randomize
 
 # Pan et al. 2019, and their networks: the stem and every second block of stages 1 to 3. KerasCV
 # counts stages from 0 and blocks from 1.
@@ -126,13 +126,7 @@ def test_dtypes(dtype):
     assert np.isfinite(np.asarray(model(images(), training=True), np.float64)).all()
 
 
-@pytest.fixture
-def shallow():
-    with shallow_rn18():
-        yield
-
-
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("small_network")
 def test_published_network_is_loaded_and_fine_tuned(tmp_path):
     """`etfzoo.load` gives the same network; the bare SavedModel takes a gradient step."""
     model = etfzoo.build_classifier("rn18", 5, "linear", "sw", (32, 32, 3))
@@ -183,16 +177,11 @@ def test_moving_variance_is_biased_and_moves_by_a_tenth():
     assert np.abs(np.asarray(layer.moving_variance) - unbiased).max() > 0.01
 
 
-def test_settings_of_keras_that_do_not_go_are_one_line(tmp_path):
-    (tmp_path / "keras.json").write_text('{"image_data_format": "channels_first"}')
-    code = (
-        "import etfzoo\n"
-        "try: etfzoo.build_classifier('rn18', 7)\n"
-        "except etfzoo.EtfzooError as error: print(error)\n"
-    )
-    for settings, wanted in (
-        ({"KERAS_HOME": str(tmp_path)}, "image_data_format of Keras is channels_first"),
-        ({"TF_USE_LEGACY_KERAS": "1"}, "TF_USE_LEGACY_KERAS asks for Keras 2"),
-    ):
-        (line,) = fresh_python(code, **settings).splitlines()
-        assert line.startswith(wanted)
+def test_settings_of_keras_that_do_not_go_are_one_line(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.config, "image_data_format", lambda: "channels_first")
+        with pytest.raises(EtfzooError, match="^image_data_format of Keras is channels_first"):
+            etfzoo.build_classifier("rn18", 7)
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
+    with pytest.raises(EtfzooError, match="^TF_USE_LEGACY_KERAS asks for Keras 2"):
+        etfzoo.build_classifier("rn18", 7)

@@ -20,7 +20,7 @@ from etfzoo.models.classifier import (
     replace_head,
 )
 from etfzoo.models.table import BACKBONES
-from testing import fresh_python, randomize, shallow_rn18
+from testing import forked_python, randomize, small_rn18
 
 # Weights with BN's gamma and beta and without the last layer, as torchvision's networks have them
 # (11,689,512 of its resnet18 less 512 * 1000 + 1000 of the last layer, and so on).
@@ -184,7 +184,7 @@ for path in sys.argv[2:]:
 """
 
 
-def test_keras_files_in_a_fresh_process(rn18, tmp_path):
+def test_keras_files_in_another_process(rn18, tmp_path):
     whitened = make(norm="sw")
     whitened(pixels(4), training=True)
     np.save(tmp_path / "pixels.npy", pixels())
@@ -192,7 +192,7 @@ def test_keras_files_in_a_fresh_process(rn18, tmp_path):
     paths = {name: tmp_path / f"{name}.keras" for name in models}
     for name, (model, *_) in models.items():
         model.save(paths[name])
-    printed = fresh_python(_RELOAD, tmp_path / "pixels.npy", *paths.values()).splitlines()
+    printed = forked_python(_RELOAD, tmp_path / "pixels.npy", *paths.values()).splitlines()
     assert printed == [
         line for m, *_ in models.values() for line in (repr(m.spec), m.name, str(list(m.taps)))
     ]
@@ -226,7 +226,7 @@ def test_keras_tells_and_copies_models(rn18, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"head": "linear", "norm": "sw"}])
 def test_keras_exports_models(changes, tmp_path):
-    with shallow_rn18():
+    with small_rn18():
         model = randomize(make(**changes))
         model.export(tmp_path / "exported", verbose=False)
     loaded = tf.saved_model.load(str(tmp_path / "exported"))
@@ -248,7 +248,7 @@ def test_plots_of_models(rn18, tmp_path):
     ],
 )
 def test_compile_knows_the_precision(dtype, optimizer):
-    with shallow_rn18():
+    with small_rn18():
         model = make(dtype=dtype)
     model.compile(keras.optimizers.SGD(0.1))
     assert (model.dtype_policy.name, type(model.optimizer).__name__) == (dtype, optimizer)

@@ -22,7 +22,7 @@ from testing import CHECKOUT, last_checkpoint, make_image_folder
 BATCH, STEPS = 12, 5
 
 _TRAIN = """
-import sys, keras, numpy as np, tensorflow as tf
+import sys, keras, numpy as np, tensorflow as tf, testing
 from etfzoo.measure import accuracy as evaluation
 from etfzoo.runtime import step_tf
 from etfzoo.training import schedules
@@ -40,7 +40,7 @@ config = TrainConfig(
     "folder", epochs=1, batch_size=12, learning_rate=0.02, nesterov=True, weight_decay=1e-3
 )
 keras.utils.set_random_seed(0)
-with strategy.scope():
+with testing.small_rn18(), strategy.scope():
     model = build_classifier(
         "rn18", 4, "etf", norm, (32, 32, 3), feature_norm="bn", dtype="float64"
     )
@@ -77,7 +77,7 @@ def start_workers(command, count):
     processes = []
     for index in range(count):
         task = {"type": "worker", "index": index}
-        env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+        env = os.environ | {"PYTHONPATH": f"{CHECKOUT}{os.pathsep}{CHECKOUT / 'tests'}"}
         if count > 1:
             env["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
         command_of = command(index) if callable(command) else command
@@ -134,7 +134,7 @@ def largest_difference(one, other):
     """Over all weights and slots."""
     skipped = ("sums", "images of device", "prediction ")
     names = [n for n in one if not n.startswith(skipped)]
-    assert one.keys() == other.keys() and len(names) > 150
+    assert one.keys() == other.keys() and len(names) > 60
     return max(float(np.max(np.abs(one[n] - other[n]))) for n in names)
 
 
@@ -161,7 +161,7 @@ def test_without_synchronized_norms_it_differs(trained):
     assert largest_difference(one, trained("mirrored", 2, "bn", "alone")) > 1e-3
 
 
-def test_synchronization_is_never_saved(tmp_path):
+def test_synchronization_is_never_saved(small_network, tmp_path):
     model = etfzoo.build_classifier("rn18", 4, "etf", "sw", (32, 32, 3), feature_norm="bn")
 
     def synchronized(model):
@@ -169,7 +169,7 @@ def test_synchronization_is_never_saved(tmp_path):
 
     assert not synchronized(model)
     step_tf.synchronize(model, True)
-    assert len(synchronized(model)) == 21 and "logits" in synchronized(model)
+    assert len(synchronized(model)) == 9 and "logits" in synchronized(model)
     model.save(tmp_path / "model.keras")
     etfzoo.publish(model, tmp_path / "published")
     assert not synchronized(keras.models.load_model(tmp_path / "model.keras"))

@@ -13,7 +13,7 @@ from etfzoo.training import build, transfer
 from etfzoo.training.config import TrainConfig
 from testing import CLASS_NAMES, SIDE, make_classifier, random_pixels
 
-pytestmark = pytest.mark.usefixtures("shallow_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 def continued(start, names=CLASS_NAMES, **changes):

@@ -16,6 +16,8 @@ from etfzoo.training.config import TrainConfig, kind_of
 from etfzoo.training.job import Job
 from testing import fresh_python
 
+pytestmark = pytest.mark.small_rn18
+
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 # A value of each setting that is no default, no protocol's value and not that of a data set's row.

@@ -15,6 +15,8 @@ from etfzoo.training.config import TrainConfig, setting
 from etfzoo.workdir import Workdir
 from testing import held_by_another_process, make_image_folder
 
+pytestmark = pytest.mark.small_rn18
+
 SMALL = {"backbone": "rn18", "image_size": 8, "epochs": 1, "augment": "none", "crop": 1.0}
 
 

@@ -1,15 +1,19 @@
 """Jobs: their files, the command that stands for them, and `python -m etfzoo.training`."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
 from etfzoo.errors import EtfzooError
+from etfzoo.training.__main__ import main
 from etfzoo.training.config import TrainConfig
 from etfzoo.training.job import Job
 from etfzoo.workdir import Workdir
+from testing import CHECKOUT, as_a_process
 
 SMALL = {"backbone": "rn18", "protocol": "quickstart", "epochs": 1, "image_size": 8}
 
@@ -46,26 +50,36 @@ def test_files_that_hold_no_job(content, message, tmp_path):
         Job.load(tmp_path / "job.json")
 
 
-def run_module(*arguments):
-    command = [sys.executable, "-m", "etfzoo.training", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def call_module(*arguments):
+    """Exit code, stdout and stderr, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with as_a_process(["etfzoo.training", *arguments]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
 
 
-def test_a_job_runs_as_a_module_and_records_a_command_that_repeats_it(embedded_dir, tmp_path):
+def test_a_job_runs_and_records_a_command_that_repeats_it(small_network, embedded_dir, tmp_path):
     config = TrainConfig("digits", data_dir=str(embedded_dir), **SMALL)
     Job(config, str(tmp_path / "run")).save(tmp_path / "job.json")
-    done = run_module(f"--config={tmp_path / 'job.json'}")
-    assert done.returncode == 0, done.stderr
+    code, out, _ = call_module(f"--config={tmp_path / 'job.json'}")
+    assert code == 0
     workdir = Workdir(tmp_path / "run")
     assert TrainConfig.load(workdir.config) == config
-    assert f"top-1 {100 * workdir.read_result()['top1']:.2f} %" in done.stdout
+    assert f"top-1 {100 * workdir.read_result()['top1']:.2f} %" in out
     command = json.loads(workdir.machine.read_text())["command"]
     assert command.startswith("etfzoo pretrain --dataset=digits --protocol=quickstart")
     assert "--image_size=8" in command and str(tmp_path) not in command
     # A finished run's settings again, at another place.
-    done = run_module(f"--config={workdir.config}", f"--workdir={tmp_path / 'again'}")
-    assert done.returncode == 0, done.stderr
+    code, _, _ = call_module(f"--config={workdir.config}", f"--workdir={tmp_path / 'again'}")
+    assert code == 0
     assert Workdir(tmp_path / "again").read_result() == workdir.read_result()
-    done = run_module(f"--config={tmp_path / 'none.json'}")
+
+
+def test_a_file_that_is_not_there_is_one_line_of_the_module(tmp_path):
+    command = [sys.executable, "-m", "etfzoo.training", f"--config={tmp_path / 'none.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, timeout=300)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

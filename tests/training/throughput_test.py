@@ -14,6 +14,8 @@ from etfzoo.training import throughput
 from etfzoo.training.config import TrainConfig
 from testing import finish, run_recipe, start_recipe
 
+pytestmark = pytest.mark.small_rn18
+
 
 def test_works_take_turns_and_all_their_images_count():
     calls = []

@@ -15,7 +15,7 @@ from testing import assert_close, fresh_python, leftovers, run_recipe, small_dis
 from testing import make_classifier as make
 from testing import random_pixels as pixels
 
-pytestmark = pytest.mark.usefixtures("shallow_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 def run_onnx(path, images):
@@ -64,7 +64,7 @@ def test_onnx_without_its_package(tmp_path, monkeypatch):
 
 
 def test_full_disk(tmp_path):
-    with small_disk(tmp_path / "disk", "8m") as disk:
+    with small_disk(tmp_path / "disk", "200k") as disk:
         for export, name in ((formats.export_onnx, "m.onnx"), (formats.export_keras, "m.keras")):
             with pytest.raises(etfzoo.EtfzooError, match="cannot write .*No space left on device"):
                 export(make(), disk / name)

@@ -14,7 +14,7 @@ from testing import randomize
 WEIGHTS = (mutations.DATA, mutations.INDEX)
 
 
-pytestmark = pytest.mark.usefixtures("shallow_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import server as http
 from etfzoo.zoo import index, manifest
 from testing import randomize
 
+pytestmark = pytest.mark.small_rn18
+
 ROW = {
     "dataset": "shapes/source",
     "num_classes": 3,

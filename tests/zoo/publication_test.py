@@ -61,9 +61,9 @@ def failing():
 
 @pytest.fixture(scope="module")
 def version(tmp_path_factory):
-    from testing import shallow_rn18
+    from testing import small_rn18
 
-    with shallow_rn18():
+    with small_rn18():
         return etfzoo.publish(make_classifier(), tmp_path_factory.mktemp("models") / NAME)
 
 
@@ -104,11 +104,11 @@ def state(root, name=NAME) -> set:
     return set(versions)
 
 
-def changes_of_a_publication(zoo, tmp_path, act):
-    """Copies of the zoo, in each of which `act` came before another change of a publication."""
-    number, ended = 0, None
+def changes_of_a_publication(zoo, tmp_path, act, first):
+    """Copies of the zoo, in each of which `act` came before every third change of a publication."""
+    number, ended = first - 3, None
     while ended != 0:
-        number += 1
+        number += 3
         assert number < 200
         root = tmp_path / f"at_{number}"
         shutil.copytree(zoo, root)
@@ -117,8 +117,14 @@ def changes_of_a_publication(zoo, tmp_path, act):
     assert number > 20
 
 
-def test_killed_at_any_point_the_same_command_finishes_it(zoo, tmp_path):
-    for root, ended in changes_of_a_publication(zoo, tmp_path, killed):
+FIRST = pytest.mark.parametrize(
+    "first", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))]
+)
+
+
+@FIRST
+def test_killed_at_any_point_the_same_command_finishes_it(first, zoo, tmp_path):
+    for root, ended in changes_of_a_publication(zoo, tmp_path, killed, first):
         if ended == 0:
             assert state(root) == {1, 2}
             break
@@ -132,9 +138,10 @@ def test_killed_at_any_point_the_same_command_finishes_it(zoo, tmp_path):
         assert sorted(leftovers(root)) == ["index.json", NAME]
 
 
-def test_killed_again_while_it_is_finished(zoo, tmp_path):
-    rng = random.Random(0)
-    for attempt in range(25):
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_killed_again_while_it_is_finished(seed, zoo, tmp_path):
+    rng = random.Random(seed)
+    for attempt in range(8):
         root = tmp_path / f"attempt_{attempt}"
         shutil.copytree(zoo, root)
         for _ in range(4):
@@ -144,9 +151,10 @@ def test_killed_again_while_it_is_finished(zoo, tmp_path):
         assert sorted(leftovers(root)) == ["index.json", NAME]
 
 
-def test_failing_at_any_point_it_is_undone_or_done(zoo, tmp_path):
+@FIRST
+def test_failing_at_any_point_it_is_undone_or_done(first, zoo, tmp_path):
     """An error of one operation: all is as before or as wanted, at the latest after the next."""
-    for root, ended in changes_of_a_publication(zoo, tmp_path, failing):
+    for root, ended in changes_of_a_publication(zoo, tmp_path, failing, first):
         if not (root / f".publish-{NAME}").exists():
             assert state(root) in ({1}, {1, 2}) and (ended == 2 or state(root) == {1, 2})
         make(root, "rn18_etf.other")

@@ -26,7 +26,7 @@ def publish(*flags, code=0):
     return run_recipe("publish", *flags, code=code)
 
 
-pytestmark = pytest.mark.usefixtures("shallow_rn18")
+pytestmark = pytest.mark.small_rn18
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from prediction_service import Models
 from prediction_service import serving as serving_models
 from testing import CHECKOUT, assert_close, randomize, run_recipe, smooth_image
 
+pytestmark = pytest.mark.small_rn18
+
 ROOT = CHECKOUT
 SIDE = 32
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnü")
@@ -109,7 +111,7 @@ def test_signatures_as_the_loader_returns_them(loader):
         },
     }
     assert kinds["features"]["inputs"] == pixels
-    assert kinds["features"]["outputs"]["features"] == ("float32", [-1, 512])
+    assert kinds["features"]["outputs"]["features"] == ("float32", [-1, 32])
 
 
 @pytest.mark.parametrize("count", [1, 5])

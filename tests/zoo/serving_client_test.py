@@ -458,21 +458,43 @@ def test_from_training_to_the_answers_of_a_server(embedded_dir, tmp_path):
 # --- what lies in serving/
 
 
-def test_models_config():
+def models_config():
+    """The entries of serving/models.config by name."""
     from google.protobuf import text_format
     from tensorflow_serving.config import model_server_config_pb2
 
     text = (ROOT / "serving" / "models.config").read_text("utf-8")
     config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
     models = {model.name: model for model in config.model_config_list.config}
-    assert len(models) == len(config.model_config_list.config) >= 2
+    assert len(models) == len(config.model_config_list.config)
+    return models
+
+
+def test_models_config():
+    models = models_config()
+    assert len(models) >= 2
     policies = {m.model_version_policy.WhichOneof("policy_choice") for m in models.values()}
     assert policies == {"latest", "specific"}
     for model in models.values():
         assert model.base_path.startswith("/models/") and model.model_platform == "tensorflow"
         served = set(model.model_version_policy.specific.versions)
         assert set(model.version_labels.values()) <= served
+        folder = ROOT / "saved_models" / model.base_path.removeprefix("/models/")
+        assert all((folder / str(version) / "saved_model.pb").exists() for version in served or [1])
     assert any(model.version_labels for model in models.values())
+
+
+@pytest.mark.slow
+def test_what_models_config_names_is_served_as_keras_has_it(tmp_path):
+    images = [smooth_image(90, 120, seed) for seed in range(3)]
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(encode(image, "PNG"))
+    for name, entry in models_config().items():
+        folder = ROOT / "saved_models" / entry.base_path.removeprefix("/models/") / "1"
+        with Loader(folder) as loader, serving_models(Models({name: {1: loader}})) as addresses:
+            where = f"--server={addresses['rest']}", "--protocol=rest", f"--model={name}"
+            served = table_of(run_recipe("serve_client", *where, tmp_path))
+        assert_same_table(served, table_of(run_recipe("predict", f"--model={folder}", tmp_path)))
 
 
 def test_batching_config():

@@ -173,6 +173,11 @@ def expand(path) -> Path:
         raise EtfzooError(f"no home folder is known for {user}, in the path {text}") from None
 
 
+def cache_home() -> Path:
+    """The folder of the cache: `ETFZOO_HOME`, by default `~/.cache/etfzoo`."""
+    return expand(os.environ.get("ETFZOO_HOME") or "~/.cache/etfzoo")
+
+
 def make_directory(path) -> Path:
     """Creates a directory and its parents.
 

@@ -90,7 +90,8 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
         if "keep_head" in FLAGS and FLAGS["keep_head"].value and spec.head:
             known["head"] = spec.head
             if spec.head == "etf":
-                known |= {"feature_norm": spec.feature_norm, "scale": spec.scale}
+                names = ("feature_norm", "scale", "frame")
+                known |= {name: getattr(spec, name) for name in names}
     known |= {"learning_rate": learning_rates[0]} if learning_rates else {}
     known |= {"weight_decay": weight_decays[0]} if weight_decays else {}
     return train_config("finetune", **known)

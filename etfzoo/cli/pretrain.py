@@ -54,8 +54,8 @@ def main():
 def run():
     """Defines the flags and runs the command."""
     flags.settings(
-        "backbone", "head", "norm", "feature_norm", "scale", "initializer", "zero_gamma",
-        "mean", "std", backbone="rn50", head="etf",
+        "backbone", "head", "norm", "feature_norm", "frame", "scale", "initializer",
+        "zero_gamma", "mean", "std", backbone="rn50", head="etf",
     )  # fmt: skip
     flags.training_flags("paper", "imagenet2012", lists=("learning_rate",))
     flags.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")

@@ -1,4 +1,4 @@
-"""The fixed equiangular-tight-frame classifier."""
+"""The fixed classifier: an equiangular tight frame, or another frame."""
 
 import math
 import warnings
@@ -28,7 +28,7 @@ def minimum_scale(num_classes: int) -> float:
 
 @keras.saving.register_keras_serializable(package="etfzoo")
 class ETFClassifier(keras.layers.Layer):
-    """Logits from a fixed simplex-ETF classifier: `scale * h W^T`, with W never trained.
+    """Logits from a fixed classifier, by default the simplex ETF: `scale * h W^T`, W never trained.
 
     Source: "Deep neural network models trained with a fixed random classifier transfer better
     across domains" (Tiomoko Ali et al.): W = sqrt(K/(K-1)) P Q, no bias, raw pooled features.
@@ -45,9 +45,13 @@ class ETFClassifier(keras.layers.Layer):
         feature_norm: what is done to the features first: `"none"` (the paper), `"bn"` (batch
             normalisation), `"l2"` (unit length) or `"bn_l2"` (both, in this order).
         seed: seed of the random rotation.
+        frame: the rows of W: `"simplex_etf"` (the paper; p >= K-1), `"centred_etf"` (orthogonal to
+            the all-ones vector; p >= K), `"orthogonal"`, `"hadamard"` (both p >= K), or
+            `"softmax_code"` for more classes than p+1; see `etfzoo.layers.frames`.
 
     Raises:
-        ValueError: K < 2, p < K-1, features that are not rank 2, or an unknown `feature_norm`.
+        ValueError: K < 2, a frame that does not exist in p dimensions, features that are not
+            rank 2, or an unknown `feature_norm` or `frame`.
 
     Examples:
         Rows of length 1, and the cosine -1/(K-1) between any two:
@@ -61,13 +65,23 @@ class ETFClassifier(keras.layers.Layer):
         True
     """
 
-    def __init__(self, num_classes, scale=1.0, feature_norm="none", seed=0, **kwargs):
+    def __init__(
+        self,
+        num_classes,
+        scale=1.0,
+        feature_norm="none",
+        seed=0,
+        frame="simplex_etf",
+        **kwargs,
+    ):
         # Casting is done here: autocast would round float32 features to 16 bits.
         super().__init__(autocast=False, **kwargs)
         if feature_norm not in FEATURE_NORMS:
             raise ValueError(
                 f"feature_norm must be one of {', '.join(FEATURE_NORMS)}; got {feature_norm!r}"
             )
+        if frame not in frames.FRAMES:
+            raise ValueError(f"frame must be one of {', '.join(frames.FRAMES)}; got {frame!r}")
         if num_classes < 2:
             raise ValueError(f"ETFClassifier needs num_classes >= 2; got {num_classes}")
         if not (math.isfinite(scale) and scale > 0):
@@ -83,6 +97,7 @@ class ETFClassifier(keras.layers.Layer):
         self.scale = float(scale)
         self.feature_norm = feature_norm
         self.seed = int(seed)
+        self.frame = frame
         self.logits_dtype = full_precision(self.compute_dtype)
         self.batch_norm = None
         if feature_norm.startswith("bn"):
@@ -95,7 +110,7 @@ class ETFClassifier(keras.layers.Layer):
             raise ValueError(
                 f"ETFClassifier needs pooled features [batch, p] with a known p; got {input_shape}"
             )
-        frame = frames.simplex_etf(self.num_classes, input_shape[-1], self.seed)
+        frame = frames.build(self.frame, self.num_classes, input_shape[-1], self.seed)
         self.kernel = self.add_weight(
             name="kernel",
             shape=frame.T.shape,
@@ -139,4 +154,5 @@ class ETFClassifier(keras.layers.Layer):
             "scale": self.scale,
             "feature_norm": self.feature_norm,
             "seed": self.seed,
+            "frame": self.frame,
         }

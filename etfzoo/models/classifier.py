@@ -37,7 +37,12 @@ class ImageClassifier(keras.Model):
             x = keras.layers.GlobalAveragePooling2D(name="features")(x)
             if spec.head == "etf":
                 x = ETFClassifier(
-                    spec.num_classes, spec.scale, spec.feature_norm, spec.seed, name="logits"
+                    spec.num_classes,
+                    spec.scale,
+                    spec.feature_norm,
+                    spec.seed,
+                    spec.frame,
+                    name="logits",
                 )(x)
             elif spec.head == "linear":
                 x = keras.layers.Dense(spec.num_classes, name="logits", dtype=dtype)(x)
@@ -81,6 +86,7 @@ def build_classifier(
     feature_norm: str = "none",
     scale: float | None = None,
     seed: int = 0,
+    frame: str = "simplex_etf",
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     crop: float = 0.875,
@@ -92,7 +98,7 @@ def build_classifier(
     Args:
         backbone: `"rn18"`, `"rn34"`, `"rn50"` or `"rn101"`.
         num_classes: K, or None with `head=None`.
-        head: `"etf"` (fixed simplex ETF), `"linear"` (trainable, with bias) or None (features).
+        head: `"etf"` (fixed), `"linear"` (trainable, with bias) or None (features).
         norm: normalisation in the backbone: `"bn"`, or `"sw"` for Switchable Whitening at the
             published places (see `etfzoo.models.backbones.whiten`) and batch norm elsewhere.
         input_shape: `(height, width, 3)`; height and width may be None.
@@ -100,6 +106,7 @@ def build_classifier(
         scale: factor on the ETF head's logits; None means 16 on L2-normalised features, else 1.
         seed: seed of the ETF. The other weights draw from Keras's global seed
             (`keras.utils.set_random_seed`).
+        frame: of the fixed classifier, see `etfzoo.layers.ETFClassifier`.
         mean, std: per channel, on the 0..255 scale.
         crop: share of the shorter side that evaluation keeps around the centre.
         class_names: label names in the order of the logits, or None.
@@ -130,6 +137,7 @@ def build_classifier(
             feature_norm=feature_norm,
             scale=scale,
             seed=seed,
+            frame=frame,
             mean=mean,
             std=std,
             crop=crop,
@@ -149,7 +157,7 @@ def replace_head(
         num_classes: classes of the new head.
         head: `"linear"`, `"etf"` or None (features).
         **changes: other fields of ClassifierSpec that change, e.g. `input_shape`, `class_names`;
-            class names and feature normalisation are not taken over from the old head.
+            what belongs to the old head, as class names and frame, is not taken over.
 
     Examples:
         >>> import etfzoo
@@ -159,7 +167,7 @@ def replace_head(
         ('linear', (None, 102))
     """
     defaults: dict = {"class_names": None, "class_descriptions": None, "scale": None}
-    defaults |= {"feature_norm": "none"}
+    defaults |= {"feature_norm": "none", "frame": "simplex_etf"}
     changes = defaults | changes | {"num_classes": num_classes, "head": head}
     spec = dataclasses.replace(model.spec, **changes)
     fresh = ImageClassifier(spec)

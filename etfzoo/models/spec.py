@@ -4,7 +4,7 @@ import dataclasses
 
 from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, unknown
-from etfzoo.models.table import FEATURE_NORMS, HEADS, NORMS, get_backbone
+from etfzoo.models.table import FEATURE_NORMS, FRAMES, HEADS, NORMS, get_backbone
 
 IMAGENET_MEAN, IMAGENET_STD = IMAGENET_STATISTICS
 
@@ -28,6 +28,7 @@ class ClassifierSpec:
     dtype: str = "float32"
     # What people are shown where the names are codes, as WordNet ids are; publishing fills it in.
     class_descriptions: tuple[str, ...] | None = None
+    frame: str = "simplex_etf"
 
     def __post_init__(self):
         for field in ("input_shape", "mean", "std", "class_names", "class_descriptions"):
@@ -40,12 +41,15 @@ class ClassifierSpec:
         get_backbone(self.backbone)
         if self.head is not None and self.head not in HEADS:
             raise unknown("head", self.head, HEADS)
-        if self.head != "etf" and (self.feature_norm, self.scale) != ("none", 1.0):
-            raise EtfzooError("feature_norm and scale belong to the etf head")
+        own = (self.feature_norm, self.scale, self.frame)
+        if self.head != "etf" and own != ("none", 1.0, "simplex_etf"):
+            raise EtfzooError("feature_norm, scale and frame belong to the etf head")
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
         if self.feature_norm not in FEATURE_NORMS:
             raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
+        if self.frame not in FRAMES:
+            raise unknown("frame", self.frame, FRAMES)
         if (
             len(self.input_shape) != 3
             or self.input_shape[-1] != 3

@@ -6,7 +6,9 @@ from etfzoo.errors import unknown
 
 HEADS = ("etf", "linear")
 NORMS = ("bn", "sw")
-FEATURE_NORMS = ("none", "bn", "l2", "bn_l2")  # as ETFClassifier takes them
+# As ETFClassifier takes them.
+FEATURE_NORMS = ("none", "bn", "l2", "bn_l2")
+FRAMES = ("simplex_etf", "centred_etf", "orthogonal", "hadamard", "softmax_code")
 INITIALIZERS = ("glorot_uniform", "he_fan_out")
 # The paper's three ways to pretrain: head and norm.
 METHODS = {"linear": ("linear", "bn"), "sw": ("linear", "sw"), "etf": ("etf", "bn")}

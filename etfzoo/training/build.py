@@ -57,6 +57,7 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
         backend.use_full_float32()
     common: dict = {
         "feature_norm": config.feature_norm,
+        "frame": config.frame,
         "scale": config.scale,
         "seed": config.seed,
         "input_shape": (size, size, 3),

@@ -15,7 +15,7 @@ from etfzoo import files
 from etfzoo.data.augmentation import CROPS, MAX_MAGNITUDE
 from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, first_line, shown, unknown
-from etfzoo.models.table import BACKBONES, FEATURE_NORMS, HEADS, INITIALIZERS, NORMS
+from etfzoo.models.table import BACKBONES, FEATURE_NORMS, FRAMES, HEADS, INITIALIZERS, NORMS
 from etfzoo.runtime.strategies import STRATEGIES
 from etfzoo.training.protocols import PROTOCOLS
 
@@ -100,6 +100,13 @@ class TrainConfig:
         "none",
         "features before the ETF: none, bn, l2 or bn_l2",
         choices=FEATURE_NORMS,
+    )
+    frame: str = setting(
+        "Model",
+        "simplex_etf",
+        "rows of the fixed classifier: simplex_etf (the paper), centred_etf, orthogonal, hadamard, "
+        "or softmax_code for more classes than dimensions",
+        choices=FRAMES,
     )
     scale: float | None = setting(
         "Model",

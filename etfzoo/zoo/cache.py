@@ -43,9 +43,7 @@ class _NotOurs(EtfzooError):
     """A folder in the cache that is no download and must stay."""
 
 
-def home() -> Path:
-    """The folder of the cache."""
-    return files.expand(os.environ.get("ETFZOO_HOME") or "~/.cache/etfzoo")
+home = files.cache_home
 
 
 def check_not_linked(folder) -> None:

@@ -109,7 +109,7 @@ def _changed(spec, source, num_classes, head, input_shape, dtype):
     if head is not None and num_classes is None and spec.num_classes is None:
         raise EtfzooError(f"{source} has no head: head={head!r} needs num_classes")
     if fresh:  # as in replace_head, nothing of the old head is taken over ...
-        changes |= {"head": head, "feature_norm": "none", "scale": None}
+        changes |= {"head": head, "feature_norm": "none", "scale": None, "frame": "simplex_etf"}
         if head is None or num_classes is not None:  # ... but for the classes, if they stay
             changes |= {"num_classes": num_classes}
             changes |= {"class_names": None, "class_descriptions": None}

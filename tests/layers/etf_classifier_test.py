@@ -234,6 +234,29 @@ def test_keras_file(tmp_path):
     np.testing.assert_array_equal(np.stack(loaded(h)), np.stack(model(h)))
 
 
+@pytest.mark.parametrize("name", [n for n in frames.FRAMES if n != "simplex_etf"])
+def test_other_frames(name, tmp_path):
+    wanted = frames.build(name, K, P, seed=5).T.astype(np.float32)
+    images = keras.Input((P,))
+    model = keras.Model(images, ETFClassifier(K, seed=5, frame=name)(images))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.layers[-1].kernel), wanted)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    h = features().astype(np.float32)
+    np.testing.assert_array_equal(again(h), model(h))
+    assert again.layers[-1].frame == name and not again.trainable_variables
+
+
+def test_a_frame_for_more_classes_than_dimensions(monkeypatch, tmp_path):
+    monkeypatch.setenv("ETFZOO_HOME", str(tmp_path))
+    layer = ETFClassifier(50, frame="softmax_code")
+    assert layer(np.ones((2, 8), "float32")).shape == (2, 50)
+    with pytest.raises(ValueError, match="no simplex ETF of 50 classes exists in 8 .*softmax_code"):
+        ETFClassifier(50)(np.ones((2, 8), "float32"))
+    with pytest.raises(ValueError, match="frame must be one of .*; got 'grassmann'"):
+        ETFClassifier(50, frame="grassmann")
+
+
 _JAX = """
 import sys, keras, numpy as np
 from etfzoo.layers import ETFClassifier

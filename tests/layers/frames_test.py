@@ -35,7 +35,7 @@ def test_gram_matrix_is_a_simplex(classes, dim):
 
 @pytest.mark.parametrize("classes, dim", [(10, 8), (1000, 512), (3, 1)])
 def test_no_simplex_in_too_few_dimensions(classes, dim):
-    with pytest.raises(ValueError, match=f"{dim} dimensions .* at least {classes - 1}.*neck"):
+    with pytest.raises(ValueError, match=f"{dim} dimensions .* least {classes - 1}.*softmax_code"):
         frames.simplex_etf(classes, dim)
 
 
@@ -120,3 +120,76 @@ def test_seeds():
     state = np.random.get_state()[1].copy()
     frames.haar_frame(3, 3, seed=1)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+SIZES = [(2, 2), (3, 3), (10, 10), (10, 16), (100, 128), (1000, 1024)]
+
+
+@pytest.mark.parametrize("classes, dim", SIZES)
+def test_centred_etf_does_not_see_the_direction_of_positive_features(classes, dim):
+    frame = frames.build("centred_etf", classes, dim, seed=3)
+    wanted = np.eye(classes) * (classes / (classes - 1)) - 1 / (classes - 1)
+    assert np.abs(frame @ frame.T - wanted).max() < 1e-12
+    assert np.abs(frame @ np.ones(dim)).max() < 1e-12 * dim
+    assert np.abs(frames.build("simplex_etf", classes, dim, seed=3).sum(1)).max() > 0.1
+
+
+@pytest.mark.parametrize("classes, dim", SIZES)
+@pytest.mark.parametrize("name", ["orthogonal", "hadamard"])
+def test_orthogonal_rows(name, classes, dim):
+    if name == "hadamard" and dim & (dim - 1):
+        pytest.skip("no power of two")
+    frame = frames.build(name, classes, dim, seed=3)
+    assert np.abs(frame @ frame.T - np.eye(classes)).max() < 1e-12
+    assert frames.welch_bound(classes, dim) == 0
+    if name == "hadamard":
+        np.testing.assert_allclose(np.abs(frame), 1 / np.sqrt(dim), rtol=1e-12)
+
+
+def test_a_cut_hadamard_matrix_says_how_far_it_is_from_orthogonal():
+    frame = frames.hadamard(20, 24, seed=1)
+    largest, size = frames.coherence(frame)
+    cosines = frame @ frame.T - np.eye(20)
+    assert 0 < size == np.abs(cosines).max() and largest == cosines.max()
+    np.testing.assert_allclose(np.linalg.norm(frame, axis=1), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", frames.FRAMES)
+def test_a_frame_is_drawn_from_its_seed(name):
+    first, again, other = (frames.build(name, 6, 8, seed) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (6, 8) and np.abs(first - other).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["centred_etf", "orthogonal", "hadamard"])
+def test_frames_that_need_as_many_dimensions_as_classes(name):
+    with pytest.raises(ValueError, match="of 9 classes exists in 8 dimensions .*softmax_code"):
+        frames.build(name, 9, 8)
+    with pytest.raises(ValueError, match="nothing to tell apart"):
+        frames.build(name, 1, 8)
+    with pytest.raises(ValueError, match="frame must be one of simplex_etf, .*; got 'etf'"):
+        frames.build("etf", 9, 8)
+
+
+def test_coherence_is_the_same_in_pieces():
+    frame = frames.build("softmax_code", 30, 8, seed=1)
+    whole = frame @ frame.T - 3 * np.eye(30)
+    for rows in (1, 7, 30, 100):
+        largest, size = frames.coherence(frame, rows)
+        np.testing.assert_allclose(largest, whole.max(), rtol=1e-12)
+        np.testing.assert_allclose(size, np.abs(whole + 3 * np.eye(30) - np.eye(30)).max())
+
+
+@pytest.mark.parametrize("classes, dim", [(7, 3), (16, 6), (28, 7), (1000, 128), (21841, 2048)])
+def test_welch_bound(classes, dim):
+    # Of tight frames the sum of all squared cosines is K^2/p, the least of all.
+    mean_square = (classes**2 / dim - classes) / (classes * (classes - 1))
+    np.testing.assert_allclose(frames.welch_bound(classes, dim), np.sqrt(mean_square), rtol=1e-12)
+
+
+def test_welch_bound_is_met_by_an_equiangular_frame():
+    # The 28 lines of R^7: permutations of (3, 3, -1, -1, -1, -1, -1, -1), orthogonal to 1.
+    lines = np.full((28, 8), -1.0)
+    lines[np.repeat(np.arange(28), 2), [i for a in range(8) for b in range(a) for i in (a, b)]] = 3
+    lines = (lines / np.sqrt(24)) @ frames.helmert_basis(8)
+    np.testing.assert_allclose(frames.coherence(lines)[1], frames.welch_bound(28, 7), rtol=1e-12)

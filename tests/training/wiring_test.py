@@ -45,6 +45,7 @@ ARRIVES = {
     "head": {"build_classifier": "head"},
     "norm": {"build_classifier": "norm"},
     "feature_norm": {"build_classifier": "feature_norm"},
+    "frame": {"build_classifier": "frame"},
     "scale": {"build_classifier": "scale"},
     "mean": {"build_classifier": "mean"},
     "std": {"build_classifier": "std"},
@@ -198,7 +199,8 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
     assert given["model"] == "model rn34_sw.mine"
     assert (given["num_classes"], given["head"]) == (5, "linear")
     assert given["changes"] == {
-        "feature_norm": "l2", "scale": 3.5, "seed": 3, "input_shape": (48, 48, 3), "crop": 0.7,
+        "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "seed": 3,
+        "input_shape": (48, 48, 3), "crop": 0.7,
         "class_names": tuple("abcde"), "dtype": "mixed_float16",
     }  # fmt: skip
     assert not {"build_classifier", "initialize"} & set(calls)

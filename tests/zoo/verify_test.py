@@ -58,7 +58,7 @@ CHANGES = [
     (with_another_activation, "linear", "other outputs than its spec"),
     (with_another_epsilon, "etf", "other outputs than its spec"),
     (with_another_scale, None, "other outputs than its spec"),
-    (trained_fixed_head, "etf", "logits/kernel is not the ETF of seed 0"),
+    (trained_fixed_head, "etf", "logits/kernel is not the simplex_etf of seed 0"),
     (set_value("conv1_conv/kernel", np.nan), "etf", "conv1_conv/kernel has NaN or infinite"),
     (set_value("logits/bias", np.inf), "linear", "logits/bias has NaN or infinite"),
     (set_value("conv1_bn/moving_variance", -1e-3), None, "conv1_bn/moving_variance has negative"),
@@ -153,7 +153,7 @@ def damaged(version, folder, monkeypatch, **changes):
     [
         ("conv1_conv/kernel", np.nan, "conv1_conv/kernel has NaN or infinite values"),
         ("conv1_bn/moving_variance", -1.0, "conv1_bn/moving_variance has negative variances"),
-        ("logits/kernel", 0.5, "logits/kernel is not the ETF of seed 0"),
+        ("logits/kernel", 0.5, "logits/kernel is not the simplex_etf of seed 0"),
     ],
 )
 def test_what_others_published_is_refused_at_load(

@@ -1,7 +1,8 @@
 """Attacks etfzoo as a stranger, a bad disk or a bad day would: nothing falls over, lies or leaks.
 
-  python benchmarks/attack.py --groups=flags,configs --seed=7 --scale=1.0 --log=benchmarks/attack.log
-  python benchmarks/attack.py --groups=http --seed=7 --only=17    # one try again, with what it printed
+  python benchmarks/attack.py --groups=flags,configs --seed=7 --log=benchmarks/attack.log
+  python benchmarks/attack.py --groups=http --seed=7 --only=17   # one try, with what it prints
+  python benchmarks/attack.py --rows=make.py --log=benchmarks/attack_rows.log
 
 Each try has a seed of its own, which its name in the log gives: group, number and `--seed`. It ends
 as one of: refused (one line of an EtfzooError, or exit code 2), ran (with what was checked of it),
@@ -73,10 +74,13 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of tries")
     parser.add_argument("--only", type=int, help="one try of one group, not logged")
     parser.add_argument("--log", help="file to append to, and to go on with")
+    parser.add_argument(
+        "--rows", help="make.py of the inputs on which version 0.1 failed: see rows.py"
+    )
     args = parser.parse_args()
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "zoo")]
-    from attacks import core, hosts, pictures, runs, settings  # noqa: F401 (they register groups)
+    from attacks import core, hosts, pictures, rows, runs, servers, settings  # noqa: F401
 
     names = list(core.GROUPS) if args.groups == "all" else args.groups.split(",")
     path = Path(args.log) if args.log and args.only is None else None
@@ -96,6 +100,8 @@ def main():
         versions = ("tensorflow", "keras", "requests", "PIL", "etfzoo")
         log(", ".join(f"{name} {importlib.import_module(name).__version__}" for name in versions))
     core.warm_up()
+    if args.rows:
+        sys.exit(rows.run(os.path.abspath(args.rows), log) > 0)
     for name in names:
         group = core.GROUPS[name]
         attack(group, args, log, {int(m[2]) for m in done if m[1] == name})

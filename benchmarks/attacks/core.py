@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -77,7 +78,7 @@ class Try:
 
 
 class Watch:
-    """Hears what this process does with files: changes must stay inside, links must not lead out."""
+    """Hears what this process does with files: it changes none outside, and links lead to none."""
 
     def __init__(self, base):
         self.base, self.inside, self.heard, self.on = str(base), str(base / "inside"), [], False
@@ -125,8 +126,9 @@ def warm_up():
 
     for name in etfzoo.__all__:
         getattr(etfzoo, name)
-    from etfzoo.training import loop, publish_run, transfer  # noqa: F401
     from tensorflow.python.eager import context
+
+    from etfzoo.training import loop, publish_run, transfer  # noqa: F401
 
     tf.get_logger().setLevel("ERROR")
     assert context._context is None or not context._context._initialized
@@ -168,6 +170,7 @@ def run(group, seed, numbers, base, lines, shown):
             folder.mkdir(parents=True)
         (base / "outside" / "file").write_text("must stay " * 30)
         os.environ |= {"HOME": str(home), "TMPDIR": str(base / "inside" / "tmp")}
+        tempfile.tempdir = None  # TMPDIR counts from now on
         os.environ |= {"MPLCONFIGDIR": str(home), "ETFZOO_HOME": str(home / "etfzoo")}
         if not shown:
             null = os.open(base / "inside" / "output", os.O_WRONLY | os.O_CREAT)

@@ -1,13 +1,10 @@
-"""What comes from elsewhere: models of strangers, servers, and caches that others write to."""
+"""What comes from elsewhere: models of strangers, and caches that others write to."""
 
 import dataclasses
-import gzip
 import json
 import os
-import resource
 import shutil
 import socket
-import struct
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from unittest import mock
@@ -37,7 +34,8 @@ def change_value(rng, document, drawn):
             where.append(inner)
         else:
             where[key] = _near(rng, inner, drawn)
-        return f"{'.'.join(names)[:80]} is {str(where.get(key, 'gone') if isinstance(where, dict) else where[-1])[:60]}"
+        now = where[-1] if isinstance(where, list) else where.get(key, "gone")
+        return f"{'.'.join(names)[:80]} is {str(now)[:60]}"
 
 
 def _near(rng, value, drawn):
@@ -58,7 +56,9 @@ def damaged(rng, content):
     """Bytes that something has gone wrong with, and what."""
     at, length = rng.randrange(len(content)), rng.randint(1, 64)
     kinds = {
-        "a bit": lambda: content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :],
+        "a bit": lambda: (
+            content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+        ),
         "cut": lambda: content[:at],
         "longer": lambda: content + rng.randbytes(length),
         "doubled": lambda: content[:at] + content[at : at + length] * 2 + content[at + length :],
@@ -82,7 +82,7 @@ def _models(root):
     return root / "model/1", root / "other/1"
 
 
-def _quick(stack):
+def quick(stack):
     from etfzoo.zoo import download
 
     stack.enter_context(mock.patch.object(download, "WAITS", (0.01, 0.02)))
@@ -103,7 +103,7 @@ def metadata(root):
 
     with ExitStack() as stack:
         stack.enter_context(testing.shallow_rn18())
-        _quick(stack)
+        quick(stack)
         os.environ["ETFZOO_TIMEOUT"] = "5"
         version, other = _models(root)
         server = stack.enter_context(http.serve(root / "world/site"))
@@ -122,12 +122,16 @@ def metadata(root):
                 raise core.Refused(message)
             where = one.rng.choice(["folder", "address", "pinned", "index"])
             name = one.rng.choice(
-                [publish.METADATA] * 4 + ["index"] * 2 + [manifest.NAME, mutations.INDEX]
+                [publish.METADATA] * 4
+                + ["index"] * 2
+                + [manifest.NAME, mutations.INDEX]
                 + ["saved_model.pb", mutations.DATA, mutations.WARM_UP]
             )
             listed = name == "index"
             where = "index" if listed else where
-            content = json.dumps(world.index).encode() if listed else (world.folder / name).read_bytes()
+            content = (
+                json.dumps(world.index).encode() if listed else (world.folder / name).read_bytes()
+            )
             if content[:1] == b"{" and one.rng.random() < 0.8:
                 document = json.loads(content)
                 one.what = change_value(one.rng, document, text)
@@ -173,152 +177,6 @@ def loaded(world, where, known):
     return "loaded: as its metadata says, all weights as they were"
 
 
-# ------------------------------------------------------------------------------------ servers
-
-
-def _raw(*parts, then=None):
-    """Writes bytes as they are, and then closes, resets or keeps the connection."""
-
-    def fault(handler, content):
-        handler.close_connection = True
-        with suppress(OSError):
-            for part in parts:
-                handler.wfile.write(part(content) if callable(part) else part)
-            if then == "wait":
-                handler.server.closing.wait(20)
-            if then == "reset":
-                linger = struct.pack("ii", 1, 0)
-                handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                handler.connection.close()
-
-    return fault
-
-
-def _forever(*parts):
-    def fault(handler, content):
-        handler.close_connection = True
-        with suppress(OSError):
-            handler.wfile.write(b"HTTP/1.1 ")
-            while not handler.server.closing.is_set():
-                for part in parts:
-                    handler.wfile.write(part)
-
-    return fault
-
-
-def _ok(*headers):
-    return b"HTTP/1.1 200 OK\r\n" + b"".join(h + b"\r\n" for h in headers) + b"\r\n"
-
-
-def _changing(rng):
-    def fault(handler, content):
-        import server as http
-
-        http.good(handler, content[:-1] + bytes([rng.randrange(256)]))
-
-    return fault
-
-
-def faults(rng, server):
-    """One thing that a server may do, and its name."""
-    import server as http
-
-    size = lambda c: b"Content-Length: %d" % len(c)  # noqa: E731
-    n = rng.choice([0, 1, 100, 65536, 200_000, 299_999])
-    junk = rng.randbytes(rng.choice([1, 10, 1000]))
-    location = rng.choice(
-        ["//x", "http://", "http://[::1", "http://127.0.0.1:1/x", "https://127.0.0.1:%d/x" % server.server_port]
-        + ["javascript:1", "file:///etc/passwd", "gopher://x", "\\\\x", "?", "#", "/" + "a" * 70_000]
-        + ["http://u:p@127.0.0.1:1/", "http://127.0.0.1:99999/", "http://a b/", "http://\udcff/"]
-        + ["http://xn--/", "http://" + "a" * 300 + ".invalid/", "ht!tp://x", "data:,x", "/%00", "..//.."]
-    )
-    many = [b"X-%d: y" % i for i in range(rng.choice([50, 99, 20_000]))]
-    reply = rng.choice([b"HTTP/9.9 200 OK", b"HTTP/1.1 -1 no", b"HTTP/1.1 99999 x", b"ICY 200 OK", b"200"])
-    bomb = gzip.compress(bytes(10**7))
-    kinds = {
-        "drops": http.drop(n),
-        "stalls": http.stall(n),
-        "stalls before its headers": http.stall(headers=False),
-        "drips": http.drip(0.005),
-        "drips its headers": http.drip(0.005, headers=False),
-        "claims": http.claim(rng.choice([0, 1, 299_999, 300_001, 10**18]), junk),
-        "endless": http.endless,
-        "chunks": http.chunked(rng.choice([b"-1", b"fffffffffffffffff", b" 5", b"0x5", b"5;" + junk, b"5_0", b"\xd9\xa3"]), junk * 70),
-        "reason": http.reason(rng.choice([200, 404, 500, 301]), "\x1b[31m" + "é" * 200 + "\x9b1m\x07"),
-        "code": http.status(rng.choice([100, 101, 204, 206, 300, 304, 305, 401, 402, 407, 410, 418, 451, 511, 599])),
-        "redirect": _raw(b"HTTP/1.1 302 x\r\nLocation: " + location.encode("utf-8", "surrogateescape") + b"\r\nContent-Length: 0\r\n\r\n"),
-        "redirect with more headers in it": _raw(b"HTTP/1.1 302 x\r\nLocation: /a\rX: b\r\nContent-Length: 0\r\n\r\n"),
-        "redirect to nowhere": http.status(rng.choice([301, 303, 308])),
-        "ever other redirects": lambda h, c: http.redirect(h.path + "x")(h, c),
-        "another part": lambda h, c: h.start(206, 10, Content_Range=rng.choice(["bytes 5-14/300000", "x", "bytes */3", "bytes 0-9/*"])) or h.wfile.write(c[:10]),
-        "parts": _raw(b"HTTP/1.1 206 x\r\nContent-Type: multipart/byteranges; boundary=a\r\n\r\n--a\r\n\r\n", lambda c: c),
-        "two lengths": _raw(lambda c: _ok(size(c), b"Content-Length: 5"), lambda c: c),
-        "odd length": _raw(_ok(b"Content-Length: " + rng.choice([b"-1", b"1e5", b"+300000", b"", b"300000, 300000", b"\xff", b"9" * 5000])), lambda c: c),
-        "length and chunks": _raw(lambda c: _ok(size(c), b"Transfer-Encoding: chunked"), lambda c: b"5\r\nhello\r\n0\r\n\r\n"),
-        "compressed": _raw(_ok(b"Content-Encoding: " + rng.choice([b"gzip", b"br", b"deflate, gzip", b"identity, gzip"]), b"Content-Length: %d" % len(bomb)), bomb),
-        "compressed and not told": _raw(_ok(b"Content-Length: %d" % len(bomb)), bomb),
-        "compressed transfer": _raw(_ok(b"Transfer-Encoding: gzip, chunked"), b"5\r\n" + bomb[:5] + b"\r\n0\r\n\r\n"),
-        "many headers": _raw(_ok(*many), lambda c: c),
-        "a long header": _raw(_ok(b"X: " + b"y" * rng.choice([60_000, 70_000, 10**7])), lambda c: c),
-        "headers without end": _forever(b"200 OK\r\n" + b"X: y\r\n" * 100),
-        "continue without end": _forever(b"100 Continue\r\n\r\nHTTP/1.1 "),
-        "odd reply": _raw(reply + b"\r\n\r\n", lambda c: c),
-        "no reply": _raw(junk, then="wait"),
-        "HTTP/0.9": _raw(lambda c: c),
-        "reset": _raw(lambda c: _ok(size(c)) + c[:n], then="reset"),
-        "closes": _raw(),
-        "trailers": _raw(_ok(b"Transfer-Encoding: chunked"), lambda c: b"%x\r\n" % len(c) + c + b"\r\n0\r\n" + b"T: x\r\n" * 10**5, then="wait"),
-        "chunks of one byte": _raw(_ok(b"Transfer-Encoding: chunked"), lambda c: b"".join(b"1\r\n%c\r\n" % x for x in c[:n]), then="wait"),
-        "zero bytes": _raw(_ok(b"Content-Length: 300000"), bytes(n), then="wait"),
-        "changing": _changing(rng),
-        "cookies": _raw(lambda c: _ok(size(c), b"Set-Cookie: a=b; Domain=\xff; Max-Age=x; Path=/" + junk.replace(b"\n", b"").replace(b"\r", b"")), lambda c: c),
-        "HTML": http.other(b"<html>" + junk),
-        "good": http.good,
-    }  # fmt: skip
-    name = rng.choice(list(kinds))
-    return kinds[name], name
-
-
-@core.group("http", 59)
-def servers(root):
-    import server as http
-    from cache_test import DATA, assert_same_folder, leftovers, make_version
-    from etfzoo.zoo import cache, manifest
-
-    with ExitStack() as stack:
-        _quick(stack)
-        make_version(root / "site/rn18_etf.x/1")
-        server = stack.enter_context(http.serve(root / "site"))
-        address, folder = f"{server.url}/rn18_etf.x/1", root / "site/rn18_etf.x/1"
-
-        def make(one):
-            os.environ["ETFZOO_HOME"] = str(one.place / "cache")
-            server.faults.clear()
-            notes, lasting = [], True
-            for name in one.rng.sample([DATA, DATA, manifest.NAME, "saved_model.pb"], one.rng.choice([1, 1, 2])):
-                drawn = [faults(one.rng, server) for _ in range(one.rng.choice([1, 1, 2, 3]))]
-                server.faults[f"/rn18_etf.x/1/{name}"] = [fault for fault, _ in drawn]
-                notes.append(f"{os.path.basename(name)} {', '.join(n for _, n in drawn)}")
-            one.what = "; ".join(notes)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            try:
-                assert_same_folder(cache.fetch_url(address), folder)
-                text = "the files of the publisher"
-                if leftovers():
-                    raise core.Silent(f"left: {leftovers()[:3]}")
-            finally:
-                grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-                if grown > 300_000:
-                    raise core.Silent(f"it took {grown / 1000:.0f} MB")
-                server.faults.clear()
-                assert_same_folder(cache.fetch_url(address), folder)
-                if leftovers():
-                    raise core.Silent(f"left: {leftovers()[:3]}")
-            return text
-
-        yield make
-
-
 # ------------------------------------------------------------------------------------- caches
 
 
@@ -350,14 +208,15 @@ def _cached_features(root):
 @core.group("caches", 10)
 def caches(root):
     """Files of the cache of features, and of that of models, which are no longer what they were."""
+    from cache_test import assert_same_folder, make_version
+
     import server as http
     import testing
-    from cache_test import assert_same_folder, make_version
     from etfzoo.zoo import cache
 
     with ExitStack() as stack:
         stack.enter_context(testing.shallow_rn18())
-        _quick(stack)
+        quick(stack)
         features, check = _cached_features(root / "features")
         site = make_version(root / "site/rn18_etf.x/1")
         server = stack.enter_context(http.serve(root / "site"))
@@ -369,7 +228,9 @@ def caches(root):
             else:
                 shutil.copytree(features, "cache")
             for _ in range(one.rng.choice([1, 1, 2])):
-                paths = sorted(p for p in Path("cache").rglob("*") if p.is_file() and p.stat().st_size)
+                paths = sorted(
+                    p for p in Path("cache").rglob("*") if p.is_file() and p.stat().st_size
+                )
                 path, kind = one.rng.choice(paths), one.rng.randrange(6)
                 if kind == 0:
                     path.unlink()
@@ -394,15 +255,16 @@ def caches(root):
 @core.group("links", 14)
 def links(root):
     """Links, pipes and devices that another user of a cache has planted in it."""
+    from cache_test import assert_same_folder, make_version
+
     import server as http
     import testing
-    from cache_test import assert_same_folder, make_version
     from etfzoo.errors import EtfzooError
     from etfzoo.zoo import cache
 
     with ExitStack() as stack:
         stack.enter_context(testing.shallow_rn18())
-        _quick(stack)
+        quick(stack)
         features, check = _cached_features(root / "features")
         site = make_version(root / "site/rn18_etf.x/1")
         server = stack.enter_context(http.serve(root / "site"))
@@ -438,7 +300,9 @@ def _plant(one, path):
     """Puts a link or what is no file in place of something, at the same place or above it."""
     outside = one.outside
     if path.is_dir() and not path.is_symlink():
-        kind = one.rng.choice(["a link to a folder", "a link to its own copy", "a pipe", "a circle"])
+        kind = one.rng.choice(
+            ["a link to a folder", "a link to its own copy", "a pipe", "a circle"]
+        )
         if kind == "a link to its own copy":
             path.rename(one.place / "copy")
             path.symlink_to(one.place / "copy")
@@ -447,7 +311,14 @@ def _plant(one, path):
         core.remove(path)
     else:
         kind = one.rng.choice(
-            ["a link to a file", "a second name", "a pipe", "a device", "a link to nothing", "a socket"]
+            [
+                "a link to a file",
+                "a second name",
+                "a pipe",
+                "a device",
+                "a link to nothing",
+                "a socket",
+            ]
         )
         path.unlink()
     one.what = f"{path}: {kind}"

@@ -14,19 +14,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence  # noqa: F401 (the second registers what saves animations)
 
-from attacks import core, hosts, worlds
+from attacks import core, hosts
 
 SIDE = 32
+FORMATS = ["JPEG"] * 4 + ["PNG"] * 4 + ["BMP"] * 2 + ["GIF"] * 2 + ["WEBP", "TIFF", "PPM"]
 HEADERS = {"JPEG": (160, 30), "PNG": (33, 8), "BMP": (54, 2), "GIF": (13, 6), "WEBP": (30, 12)}
 
 
-def encoded(rng, draw):
+def encoded(rng, formats=FORMATS):
     """An image in some format, its name, and its pixels as Pillow reads them."""
     import testing
 
     height, width = rng.choice([1, 2, 7, 16, 33, 64, 200]), rng.choice([1, 2, 7, 16, 33, 64, 200])
     image = Image.fromarray(testing.smooth_image(height, width, rng.randrange(1000)))
-    kind = rng.choice(["JPEG"] * 4 + ["PNG"] * 4 + ["BMP"] * 2 + ["GIF"] * 2 + ["WEBP", "TIFF", "PPM"])
+    kind = rng.choice(formats)
     modes = {
         "JPEG": ["RGB", "RGB", "L", "CMYK"],
         "PNG": ["RGB", "L", "1", "P", "RGBA", "LA", "I;16"],
@@ -60,12 +61,16 @@ def lying(rng, kind, content):
     import testing
 
     sides = [0, 1, 5, 100, 9000, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1]
-    what = rng.choice(["sides", "sides", "header", "header", "damage", "polyglot", "scans", "chunk"])
+    what = rng.choice(
+        ["sides", "sides", "header", "header", "damage", "polyglot", "scans", "chunk"]
+    )
     if what == "sides" and kind in ("JPEG", "PNG", "BMP", "GIF"):
         height, width = rng.choice(sides), rng.choice(sides)
         if kind in ("JPEG", "PNG"):
             most = 2**16 - 1 if kind == "JPEG" else 2**32 - 1
-            return testing.claiming(content, min(height, most), min(width, most)), f"claims {height}x{width}"
+            return testing.claiming(
+                content, min(height, most), min(width, most)
+            ), f"claims {height}x{width}"
         if kind == "BMP":
             packed = struct.pack("<II", width, rng.choice([height, 2**32 - 1 - height]))
             return content[:18] + packed + content[26:], f"claims {height}x{width}"
@@ -79,16 +84,24 @@ def lying(rng, kind, content):
             changed[at] = rng.choice([0, 1, 255, 127, 128, rng.randrange(256)])
         return bytes(changed), "a changed header"
     if what == "polyglot":
-        _, name, other, _ = encoded(rng, None)
-        return rng.choice([content + other, other[:20] + content, content[:20] + other]), f"with {name}"
+        _, name, other, _ = encoded(rng)
+        return rng.choice(
+            [content + other, other[:20] + content, content[:20] + other]
+        ), f"with {name}"
     if what == "scans" and kind == "JPEG":
         at = content.rfind(b"\xff\xda")
-        return content[:at] + content[at:-2] * rng.choice([2, 100, 3000]) + content[-2:], "many scans"
+        return content[:at] + content[at:-2] * rng.choice([2, 100, 3000]) + content[
+            -2:
+        ], "many scans"
     if what == "chunk" and kind == "PNG":
         name = rng.choice([b"IDAT", b"IHDR", b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"acTL", b"IEND"])
         body = rng.choice([b"", rng.randbytes(40), b"x\0\0" + zlib.compress(bytes(10**7))])
-        chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        return content[:33] + chunk * rng.choice([1, 2, 500]) + content[33:], f"more {name.decode()}"
+        chunk = (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+        return content[:33] + chunk * rng.choice([1, 2, 500]) + content[
+            33:
+        ], f"more {name.decode()}"
     return hosts.damaged(rng, content)
 
 
@@ -117,7 +130,7 @@ def images(root):
         photos = testing.make_image_folder(root / "photos", dict.fromkeys(testing.CLASS_NAMES, 4))
 
         def make(one):
-            kind, name, content, truth = encoded(one.rng, one.draw)
+            kind, name, content, truth = encoded(one.rng)
             mended = one.number % 4 == 0
             if not mended:
                 content, how = lying(one.rng, kind, content)
@@ -146,7 +159,9 @@ def images(root):
                 def evaluated():
                     source = sources.resolve(f"folder:{data}")
                     pipeline = evaluation_pipeline(model.spec, source, 8)
-                    names = [r["record"].decode() for r in source.records("all").as_numpy_iterator()]
+                    names = [
+                        r["record"].decode() for r in source.records("all").as_numpy_iterator()
+                    ]
                     with pipeline.naming_corrupt_records("all"):
                         batches = list(pipeline.evaluation("all"))
                     pixels = np.concatenate([np.asarray(x) for x, _ in batches])
@@ -286,7 +301,9 @@ def data_sets(root):
             if (root / "ran").exists() or "planted" in foreign:
                 raise core.Silent(f"it has run code: {foreign}")
         for split, (pixels, classes) in truth.items():
-            if not np.array_equal(pixels, found[split][0]) or not np.array_equal(classes, found[split][1]):
+            if not np.array_equal(pixels, found[split][0]) or not np.array_equal(
+                classes, found[split][1]
+            ):
                 raise core.Silent(f"other images or labels in {split}")
         return "images and labels as ever" + ("" if labels == names else f", classes {labels}")
 
@@ -313,7 +330,6 @@ def _cpu(process):
 def serving(root):
     """Requests to TensorFlow's C++ loader; after each a good one is answered as before."""
     import bad_requests as requests
-    import etfzoo
     import testing
     from c_api import Loader
 
@@ -340,9 +356,10 @@ def serving(root):
                 else:
                     signature, inputs = requests.REQUESTS[kind](one.draw, SIDE)
             else:
-                for _ in range(one.rng.choice([1, 1, 3, 40])):
-                    kind, name, content, _ = encoded(one.rng, one.draw)
-                    if one.rng.random() < 0.5:
+                count = one.rng.choice([1, 1, 3, 40])
+                for _ in range(count):
+                    kind, name, content, _ = encoded(one.rng, FORMATS[: 15 if count == 1 else 8])
+                    if one.rng.random() < 0.6 / count:
                         content, how = lying(one.rng, kind, content)
                         name += f", {how}"
                     contents.append(content)
@@ -359,7 +376,9 @@ def serving(root):
             if seconds > 2 or gigabytes > 1.5:
                 raise core.Silent(f"{seconds:.1f} s of CPU, a peak of {gigabytes:.1f} GB")
             grown = (loader.resident_kib() - resident) / 1024
-            told = f"{seconds:.2f} s of CPU, peak {gigabytes:.2f} GB, {grown:+.0f} MB since the first"
+            told = (
+                f"{seconds:.2f} s of CPU, peak {gigabytes:.2f} GB, {grown:+.0f} MB since the first"
+            )
             if code == "OK" and contents:
                 return f"{_as_in_python(model, loader, contents)}; {told}"
             if code not in requests.REFUSALS:

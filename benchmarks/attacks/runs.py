@@ -98,6 +98,7 @@ def _struck(rng, work, seconds, changes):
 def kills(root):
     """20 trainings and 13 publications, killed at random moments and before random changes."""
     import publication_test
+
     import testing
 
     with ExitStack() as stack:
@@ -209,7 +210,9 @@ def _spoil(rng, folder, other, text):
         return f"{names[0]} and {swapped.relative_to(folder)} change places"
     if kind == 5:
         path.unlink()
-        what = rng.choice(["gone", "a folder", "a pipe", "a link to nothing", "a device", "a circle"])
+        what = rng.choice(
+            ["gone", "a folder", "a pipe", "a link to nothing", "a device", "a circle"]
+        )
         if what == "a folder":
             (path / "x").mkdir(parents=True)
         elif what == "a pipe":
@@ -278,6 +281,7 @@ def _same_arrays(folder, reference):
 def concurrency(root):
     """Two processes at one place, a moment apart."""
     import publication_test
+
     import testing
 
     with ExitStack() as stack:
@@ -320,7 +324,10 @@ def concurrency(root):
             return f"versions {sorted(publication_test.state(place))}, card and index agree"
 
         def drawing_data(one):
-            works = [lambda: worlds.data(one.place / "data"), train(one.place / "run", one.place / "data")]
+            works = [
+                lambda: worlds.data(one.place / "data"),
+                train(one.place / "run", one.place / "data"),
+            ]
             codes = together(one, works[0], works[1], works[0])
             if any(codes):
                 raise core.Silent(f"they ended with {codes}")
@@ -386,14 +393,15 @@ def _limited(work, size):
 @core.group("disks", 13, 240)
 def disks(root):
     """No room, no more files, files that may not grow, no writing; afterwards there is room."""
+    from cache_test import assert_same_folder, make_version
+
     import server as http
     import testing
-    from cache_test import assert_same_folder, make_version
     from etfzoo.zoo import cache
 
     with ExitStack() as stack:
         stack.enter_context(testing.shallow_rn18())
-        hosts._quick(stack)
+        hosts.quick(stack)
         os.chdir(root)
         data, run = root / "data", root / "run"
         core.ended(lambda: worlds.data(data))
@@ -428,33 +436,46 @@ def disks(root):
 
             return run_it
 
-        digits = (f"--dataset=digits", f"--data_dir={data}")
+        digits = ("--dataset=digits", f"--data_dir={data}")
         kinds = {  # what is done, what it needs in MB, and what is right at its end
             "training": (lambda d: train(d / "run", data), 70, lambda d: same_run(d / "run", run)),
             "publication": (lambda d: publish(run, d / "zoo"), 40, whole_model),
             "download": (lambda d: lambda: fetch(d), 1, downloaded),
             "data": (lambda d: lambda: worlds.data(d / "data"), 1, lambda d: "drawn"),
             "features": (
-                lambda d: recipe("neural_collapse", f"--model={run}", *digits, f"--feature_cache={d}/f", f"--output={d}/o.json", "--split=test"),
+                lambda d: recipe(
+                    "neural_collapse",
+                    f"--model={run}",
+                    *digits,
+                    f"--feature_cache={d}/f",
+                    f"--output={d}/o.json",
+                    "--split=test",
+                ),
                 1,
                 lambda d: f"{len(json.loads((d / 'o.json').read_text()))} figures",
             ),
             "export": (
-                lambda d: recipe("export", f"--model={run}", "--format=saved_model", f"--output={d}/out"),
+                lambda d: recipe(
+                    "export", f"--model={run}", "--format=saved_model", f"--output={d}/out"
+                ),
                 40,
                 lambda d: f"{len(list((d / 'out').rglob('*')))} files",
             ),
             "predictions": (
-                lambda d: recipe("predict", f"--model={run}", f"--output={d}/p.csv", root / "photos"),
+                lambda d: recipe(
+                    "predict", f"--model={run}", f"--output={d}/p.csv", root / "photos"
+                ),
                 0.004,
                 lambda d: f"{len((d / 'p.csv').read_text().splitlines())} lines",
             ),
-        }  # fmt: skip
+        }
 
         def make(one):
             name = list(kinds)[one.number % len(kinds)]
             start, need, check = kinds[name]
-            how = one.rng.choice(["full", "full", "no more files", "files may not grow", "read-only"])
+            how = one.rng.choice(
+                ["full", "full", "no more files", "files may not grow", "read-only"]
+            )
             size = f"size={max(4, int(1000 * need * one.rng.uniform(0.02, 1)))}k"
             one.what = f"{name}, {how}" + (f", {size}" if how == "full" else "")
             options = {"full": [size], "no more files": [f"nr_inodes={one.rng.randint(2, 14)}"]}

@@ -40,8 +40,12 @@ def number(rng):
             lambda: str(rng.randint(-3, 9)),
             lambda: str(rng.choice([-1, 1]) * 10 ** rng.randrange(40)),
             lambda: repr(rng.choice([-1, 1]) * 10.0 ** rng.uniform(-320, 308)),
-            lambda: str(2 ** rng.choice([7, 8, 15, 16, 31, 32, 53, 63, 64, 128]) - rng.randint(0, 1)),
-            lambda: rng.choice(["nan", "-inf", "+0", "-0", "1e5", "٣", "１２", "0b1", "1e400", "1,5"]),
+            lambda: str(
+                2 ** rng.choice([7, 8, 15, 16, 31, 32, 53, 63, 64, 128]) - rng.randint(0, 1)
+            ),
+            lambda: rng.choice(
+                ["nan", "-inf", "+0", "-0", "1e5", "٣", "１２", "0b1", "1e400", "1,5"]
+            ),
             lambda: str(rng.random()),
         ]
     )()
@@ -49,7 +53,9 @@ def number(rng):
 
 def path(rng, world):
     place = Path.cwd()
-    made = rng.choice(["link", "pipe", "file", "folder", "locked", "none", "device", "proc", "deep"])
+    made = rng.choice(
+        ["link", "pipe", "file", "folder", "locked", "none", "device", "proc", "deep"]
+    )
     target = place / made
     if made == "link":
         target.symlink_to(place.parent.parent / "outside" / rng.choice(["", "file", "new"]))
@@ -87,7 +93,9 @@ def value(rng, world, default):
     kinds += [lambda r: ",".join(f"{number(r)}:{number(r)}" for _ in range(r.randint(1, 3)))]
     kinds += [lambda r: json.dumps(document(r, 3))]
     kinds += [lambda r: r.choice(["rn18_etf.x@" + number(r), "http://127.0.0.1:1/x/1", "hf://a/b"])]
-    kinds += [lambda r: r.choice(["digits", "folder:" + path(r, world), "shapes/source/..", "mnist:"])]
+    kinds += [
+        lambda r: r.choice(["digits", "folder:" + path(r, world), "shapes/source/..", "mnist:"])
+    ]
     if default is not None:
         kinds += [lambda r: default, lambda r: default[: r.randrange(len(default) + 1)]] * 2
     return rng.choice(kinds)(rng)
@@ -171,7 +179,13 @@ def flags(root):
                 if one.rng.random() < 0.12:
                     (Path("flags")).write_text(f"{new}\n--flagfile=flags\n" * one.rng.randint(1, 3))
                     new = one.rng.choice(
-                        ["--flagfile=flags", "--flagfile=none", f"--no{name}", f"--{name}", f"-{name}"]
+                        [
+                            "--flagfile=flags",
+                            "--flagfile=none",
+                            f"--no{name}",
+                            f"--{name}",
+                            f"-{name}",
+                        ]
                         + [f"--{name[:-1]}=1", "--undefok=x", "--x", "--", name, f"--no{name}=1"]
                     )
                 given = [flag for flag in given if flag not in known] + [new]
@@ -298,7 +312,11 @@ def configs(root):
             Path("w").mkdir()
             identity.claim(config, "w", {})
             identity.check(config, "w")
-            again = worlds.parsed("pretrain", Job(config, "w").arguments()) if not config.init else config
+            again = (
+                worlds.parsed("pretrain", Job(config, "w").arguments())
+                if not config.init
+                else config
+            )
             if again != config:
                 raise core.Silent(f"its flags mean another one: {again.differences(config)}")
             if one.number % 8:

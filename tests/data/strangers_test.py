@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from etfzoo.data import folders, shapes, sources
 from etfzoo.errors import EtfzooError
-from testing import make_image_folder, nobody, smooth_image
+from testing import make_image_folder, nobody, small_disk, smooth_image
 
 
 def one_line(call, *arguments):
@@ -382,6 +382,25 @@ def test_embedded_data_sets_into_a_locked_directory(tmp_path):
         line = one_line(shapes.prepare, tmp_path / "data", ["digits"])
     assert f"digits cannot be drawn into {tmp_path}/data" in line and "Permission denied" in line
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_embedded_data_sets_onto_a_full_disk(tmp_path):
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        line = one_line(shapes.prepare, disk, ["digits"])
+        assert f"digits cannot be drawn into {disk}" in line and "No space left" in line
+
+
+def test_another_process_that_draws_the_same_was_faster(embedded_dir, tmp_path, monkeypatch):
+    real = tfds.core.DatasetBuilder.download_and_prepare
+
+    def beaten(builder, **options):
+        shutil.copytree(embedded_dir / "digits", tmp_path / "digits")
+        real(builder, **options)
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", beaten)
+    shapes.prepare(tmp_path, ["digits"])
+    assert sources.resolve("digits", str(tmp_path)).size("train") == 200
 
 
 def test_a_prepared_data_set_in_a_locked_directory_is_read(embedded_dir, tmp_path):

@@ -7,8 +7,9 @@
 Each try has a seed of its own, which its name in the log gives: group, number and `--seed`. It ends
 as one of: refused (one line of an EtfzooError, or exit code 2), ran (with what was checked of it),
 TRACEBACK (anything else that it raised, or a process that died), SILENT (it ran and is wrong, or
-was refused and has changed something), SLOW (over the group's seconds), OUTSIDE (something outside
-of its folder was read, written or deleted). A log is gone on with: tries that it has are left out.
+was refused and has changed something), SLOW (more seconds of CPU than its group may take, or three
+times as many by the clock), OUTSIDE (something outside of its folder was read, written or deleted).
+A log is gone on with: tries that it has are left out.
 
 Groups are in `attacks/`. Each runs in a forked process that has imported TensorFlow already.
 """

@@ -197,7 +197,7 @@ def _end(group, make, one, watch, refusal):
     one.place.mkdir()
     os.chdir(one.place)
     before, environment = snapshot(one.outside), dict(os.environ)
-    start = time.monotonic()
+    start, before_cpu = time.monotonic(), sum(os.times()[:4])
 
     def over(*_):
         raise Slow
@@ -221,16 +221,16 @@ def _end(group, make, one, watch, refusal):
         kind, text = "TRACEBACK", f"{type(error).__name__}: {error} ({where})"
     finally:
         signal.alarm(0)
-    seconds = time.monotonic() - start
+    seconds, cpu = time.monotonic() - start, sum(os.times()[:4]) - before_cpu
     os.environ.clear()
     os.environ.update(environment)
     changed = difference(before, snapshot(one.outside))
     if changed or watch.heard:
         kind, text = "OUTSIDE", f"{changed[:3]} {watch.heard[:3]}; {text}"
-    elif seconds > group.seconds and kind in ("ran", "refused"):
+    elif cpu > group.seconds and kind in ("ran", "refused"):
         kind = "SLOW"
     what = one.what if len(one.what) < 200 else f"{one.what[:200]}..."
-    return f"{kind}: {what}: {text} ({seconds:.1f} s)"
+    return f"{kind}: {what}: {text} ({cpu:.1f} of {seconds:.1f} s)"
 
 
 def _clean(text, base):

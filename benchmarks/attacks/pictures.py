@@ -145,7 +145,7 @@ def images(root):
                 try:
                     answers[reader] = call()
                 except (etfzoo.EtfzooError, core.Refused) as error:
-                    if str(path) not in str(error):
+                    if path.name not in str(error):
                         raise core.Silent(f"{reader} does not name the file: {error}") from None
                     answers[reader] = str(error)
                 except tf.errors.InvalidArgumentError as error:

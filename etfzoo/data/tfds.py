@@ -40,6 +40,7 @@ def open_tfds(name: str, data_dir: str | None = None, prepare: bool = True) -> S
             "what TFDS calls namespaces would run the code of others"
         )
     row = DATASETS.get(name)
+    _check_documents(_prepared_folder(_place(row.tfds if row else name, data_dir)))
     with _own_features_alone(tfds):
         if name in EMBEDDED and prepare:
             from etfzoo.data import shapes
@@ -213,7 +214,7 @@ def _in_memory(records: tf.data.Dataset) -> dict:
 
 
 def _tfds_builder(tfds, name, row, data_dir, prepare):
-    folder = None if row else _prepared_folder(files.expand(os.path.join(data_dir or ".", name)))
+    folder = None if row else _prepared_folder(_place(name, data_dir))
     if folder is not None:
         try:
             return tfds.builder_from_directory(str(folder))
@@ -244,6 +245,21 @@ def _tfds_builder(tfds, name, row, data_dir, prepare):
             f"{first_line(error)}; connect to the internet or pass `data_dir`"
         ) from error
     return builder
+
+
+def _place(name, data_dir) -> Path:
+    """Where the versions of a data set are, or a prepared folder itself."""
+    return files.expand(os.path.join(data_dir or ".", name.partition(":")[0]))
+
+
+def _check_documents(folder):
+    """Raises EtfzooError where TFDS would wait for a FIFO, or read a device without end."""
+    documents = [*folder.glob("*.json"), *folder.glob("*.txt")] if folder else []
+    for path in documents:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise EtfzooError(
+                f"{path} is no regular file: {folder} is no data set that can be read"
+            )
 
 
 @contextlib.contextmanager

@@ -255,6 +255,33 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "label.labels.txt"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder", "a circle"])
+def test_documents_that_are_no_files(name, kind, made, tmp_path):
+    """TFDS opens them itself, and would wait for a FIFO for ever."""
+    path = shutil.copytree(made, tmp_path / "made") / name
+    path.unlink(missing_ok=True)
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else name)
+    if name == "label.labels.txt" and kind in ("a folder", "a circle"):
+        assert sources.resolve(str(tmp_path / "made")).class_names == ("0", "1", "2")
+    else:
+        assert str(tmp_path / "made") in one_line(sources.resolve, str(tmp_path / "made"))
+
+
+@pytest.mark.parametrize("name", ["features.json", "label.labels.txt"])
+def test_documents_of_an_embedded_data_set_that_are_no_files(name, embedded_dir, tmp_path):
+    shutil.copytree(embedded_dir / "digits", tmp_path / "digits")
+    path = tmp_path / "digits" / "1.0.0" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert f"{path} is no regular file" in one_line(sources.resolve, "digits", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_data_sets(name, made, tmp_path):
     change, message = BROKEN[name]

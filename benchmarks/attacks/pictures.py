@@ -179,6 +179,8 @@ def images(root):
 
 
 def _agree(model, answers, truth, name, seconds):
+    # It reads the whole image, and the readers of users what evaluation keeps of it.
+    found = answers.pop("decode")
     refused = {reader for reader, answer in answers.items() if isinstance(answer, str)}
     if seconds > 20:
         raise core.Silent(f"{seconds:.0f} s of CPU")
@@ -199,8 +201,11 @@ def _agree(model, answers, truth, name, seconds):
     # Pillow lays nothing behind transparent pixels either, but scales 16 bits and CMYK otherwise.
     if truth is None or any(mode in name for mode in ("CMYK", "I;16", "RGBA", "LA", " P ")):
         return text
-    found = answers["decode"]
-    if found.shape != truth.shape or np.abs(found.astype(int) - truth).max() > 4:
+    if (
+        isinstance(found, str)
+        or found.shape != truth.shape
+        or np.abs(found.astype(int) - truth).max() > 4
+    ):
         raise core.Silent("Pillow sees others")
     return f"{text}, which are Pillow's"
 
@@ -300,6 +305,8 @@ def data_sets(root):
             foreign -= {"tensorflow_datasets", "tensorflow", "etfzoo", "importlib_resources"}
             if (root / "ran").exists() or "planted" in foreign:
                 raise core.Silent(f"it has run code: {foreign}")
+        if "splits" in how and "name" in how:
+            return "roles of the splits that are left"
         for split, (pixels, classes) in truth.items():
             if not np.array_equal(pixels, found[split][0]) or not np.array_equal(
                 classes, found[split][1]

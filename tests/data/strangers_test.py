@@ -256,7 +256,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "label.labels.txt"])
-@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder", "a circle"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder", "a circle", "a link out"])
 def test_documents_that_are_no_files(name, kind, made, tmp_path):
     """TFDS opens them itself, and would wait for a FIFO for ever."""
     path = shutil.copytree(made, tmp_path / "made") / name
@@ -266,8 +266,9 @@ def test_documents_that_are_no_files(name, kind, made, tmp_path):
     elif kind == "a folder":
         path.mkdir()
     else:
-        path.symlink_to("/dev/zero" if kind == "a device" else name)
-    if name == "label.labels.txt" and kind in ("a folder", "a circle"):
+        targets = {"a device": "/dev/zero", "a circle": name, "a link out": made / name}
+        path.symlink_to(targets[kind])
+    if name == "label.labels.txt" and kind == "a folder":
         assert sources.resolve(str(tmp_path / "made")).class_names == ("0", "1", "2")
     else:
         assert str(tmp_path / "made") in one_line(sources.resolve, str(tmp_path / "made"))
@@ -279,7 +280,8 @@ def test_documents_of_an_embedded_data_set_that_are_no_files(name, embedded_dir,
     path = tmp_path / "digits" / "1.0.0" / name
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    assert f"{path} is no regular file" in one_line(sources.resolve, "digits", str(tmp_path))
+    line = one_line(sources.resolve, "digits", str(tmp_path))
+    assert f"{path} of data set digits is no file in the folder of the data set" in line
 
 
 @pytest.mark.parametrize("name", BROKEN)

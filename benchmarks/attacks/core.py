@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -139,7 +140,8 @@ def snapshot(folder):
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         status = path.lstat()
-        content = path.read_bytes() if path.is_file() and status.st_size < 10**6 else None
+        small = stat.S_ISREG(status.st_mode) and status.st_size < 10**6
+        content = path.read_bytes() if small else None
         found[str(path)] = status.st_mode, status.st_size, status.st_mtime_ns, content
     return found
 

@@ -30,7 +30,7 @@ def run(cases, log):
         cases: path of make.py, which writes the inputs on which version 0.1 failed.
         log: takes a line.
     """
-    with tempfile.TemporaryDirectory(prefix="rows-") as base, testing().shallow_rn18():
+    with tempfile.TemporaryDirectory(prefix="rows-") as base, _shallow():
         place = Path(base) / "world"
         home = Path(base) / "home"
         home.mkdir()
@@ -38,10 +38,10 @@ def run(cases, log):
         return _rows(place, cases, log)
 
 
-def testing():
+def _shallow():
     import testing
 
-    return testing
+    return testing.shallow_rn18()
 
 
 def _rows(place, cases, log):
@@ -55,7 +55,11 @@ def _rows(place, cases, log):
         line = re.sub(r"\{(\w+)\}", lambda m: str(here[m[1]]), line)
         line = line.replace("\0", "{").replace("\1", "}")
         if line.startswith(" "):
-            exec(line.strip(), here)
+            try:
+                exec(line.strip(), here)
+            except Exception as error:
+                wrong += 1
+                log(f"WRONG {line}: {type(error).__name__}: {error}")
             continue
         call, _, wanted = line.rpartition("  # ")
         start = time.monotonic()
@@ -73,9 +77,10 @@ def _rows(place, cases, log):
             said = f"TRACEBACK {type(error).__name__}: {error}"
         good = re.search(wanted, said) and not said.startswith("TRACEBACK")
         wrong += not good
-        said = said.replace(str(place), "").replace("\n", " ")
-        log(f"{'' if good else 'WRONG '}{call.replace(str(place), '')}")
-        log(f"    {said[:300]} ({time.monotonic() - start:.1f} s)")
+        seconds, base = time.monotonic() - start, str(place.parent)
+        said = ascii(" ".join(said.split()))[1:-1].replace(base, "").replace("error: ", "")
+        log(f"{'' if good else 'WRONG '}{call.replace(base, '')}")
+        log(f"    {said[:300]} ({seconds:.1f} s)")
     return wrong
 
 
@@ -298,7 +303,7 @@ def space(place, cases):
         history = model.fit(x, batches[0][1], epochs=1, verbose=0, callbacks=[watch])
         return sorted(history.history)
 
-    here = dict(locals()) | globals()
+    here = globals() | dict(locals())
     digits = f"--dataset=digits --data_dir={data} --backbone=rn18 --image_size=8 --epochs=1"
     here |= {"digits": f"{digits} --batch_size=50 --augment=none --crop=1.0"}
     here |= {"model": "--model=zoo/rn18_etf.x/1", "run_model": "--model=run", "long": "y" * 256}

@@ -96,6 +96,7 @@ def value(rng, world, default):
     kinds += [
         lambda r: r.choice(["digits", "folder:" + path(r, world), "shapes/source/..", "mnist:"])
     ]
+    kinds += [lambda r: r.choice("0 1 2 3 5 8 50 0.1 0.5 true rn18 etf linear bn".split())] * 9
     if default is not None:
         kinds += [lambda r: default, lambda r: default[: r.randrange(len(default) + 1)]] * 2
     return rng.choice(kinds)(rng)
@@ -177,7 +178,8 @@ def flags(root):
                 default = known[0].partition("=")[2] if known else None
                 new = f"--{name}={value(one.rng, world, default)}"
                 if one.rng.random() < 0.12:
-                    (Path("flags")).write_text(f"{new}\n--flagfile=flags\n" * one.rng.randint(1, 3))
+                    lines = f"{new}\n--flagfile=flags\n" * one.rng.randint(1, 3)
+                    Path("flags").write_bytes(os.fsencode(lines))
                     new = one.rng.choice(
                         [
                             "--flagfile=flags",

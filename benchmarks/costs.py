@@ -2,9 +2,9 @@
 
   python benchmarks/costs.py --checkouts=BEFORE,. --rounds=5
 
-Seconds of CPU, of a process of its own each: `start` from the command to the first step of a small
-training, with and without the imports; `load` of a published ResNet101, without them; `request` of
-a photo to the C++ loader (the mean of 50 to a small model that the checkout has published itself).
+Seconds of CPU: `start` from the command to the first step of a small training, with and without the
+imports; `load` of a published ResNet101; `request` of a photo to the C++ loader (the mean of 50 to
+a small model that the checkout has published itself).
 """
 
 import argparse
@@ -17,47 +17,41 @@ import tempfile
 from pathlib import Path
 
 MODEL = Path(__file__).resolve().parents[1] / "saved_models" / "rn101_etf.tiny100_64" / "1"
-START = """
-import json, resource, sys, time
+CODE = """
+import json, os, resource, sys
+from pathlib import Path
 def cpu():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-import tensorflow, keras, etfzoo
+def cpu_of(process):
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+model, place, *flags = sys.argv[1:]
+import tensorflow, keras, etfzoo, etfzoo.zoo.load
+from etfzoo.cli import pretrain
 from etfzoo.training import loop
 imported = cpu()
 def epoch(trainer, stop):
-    print(json.dumps({"start": cpu(), "start without imports": cpu() - imported}), flush=True)
-    sys.stdout.flush()
-    import os
+    found = {"start": cpu(), "start without imports": cpu() - imported}
+    before = cpu()
+    etfzoo.load(model)
+    found["load"] = cpu() - before
+    from bad_requests import encode, strings
+    from c_api import Loader
+    from testing import smooth_image
+    small = etfzoo.build_classifier("rn18", 10, input_shape=(64, 64, 3))
+    photo = {"image_bytes": strings(encode(smooth_image(480, 640), "JPEG"))}
+    with Loader(etfzoo.publish(small, Path(place) / "rn18_etf.x")) as loader:
+        loader.run("serving_bytes", **photo)
+        before = cpu_of(loader._process.pid)
+        for _ in range(50):
+            loader.run("serving_bytes", **photo)
+        found["request"] = (cpu_of(loader._process.pid) - before) / 50
+    print(json.dumps(found), flush=True)
     os._exit(0)
 loop.Trainer._epoch = epoch
-"""
-LOAD = """
-import json, sys, time, keras, tensorflow, etfzoo, etfzoo.zoo.load
-tensorflow.zeros(1)
-start = time.process_time()
-etfzoo.load(sys.argv[1])
-print(json.dumps({"load": time.process_time() - start}))
-"""
-REQUEST = """
-import json, os, sys
-from pathlib import Path
-import numpy as np
-import etfzoo
-from testing import smooth_image
-from bad_requests import encode, strings
-from c_api import Loader
-def cpu(process):
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-model = etfzoo.build_classifier("rn18", 10, input_shape=(64, 64, 3))
-photo = {"image_bytes": strings(encode(smooth_image(480, 640), "JPEG"))}
-with Loader(etfzoo.publish(model, sys.argv[1])) as loader:
-    loader.run("serving_bytes", **photo)
-    before = cpu(loader._process.pid)
-    for _ in range(50):
-        loader.run("serving_bytes", **photo)
-    print(json.dumps({"request": (cpu(loader._process.pid) - before) / 50}))
+sys.argv = ["pretrain", *flags]
+pretrain.run()
 """
 
 
@@ -67,21 +61,17 @@ def measured(checkout, place):
     environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "-1"}
     environment |= {"TF_CPP_MIN_LOG_LEVEL": "3"}
 
-    def python(code, *arguments):
-        run = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env=environment, cwd=checkout, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
-        if not lines:
-            sys.exit(run.stdout[-500:] + run.stderr[-2000:])
-        return json.loads(lines[-1])
-
     flags = "--dataset=digits --backbone=rn18 --protocol=quickstart --epochs=1 --image_size=8"
-    given = ["pretrain", *flags.split(), f"--data_dir={place}/data", f"--workdir={place}/run"]
+    given = [*flags.split(), f"--data_dir={place}/data", f"--workdir={place}/run"]
     (place / "data").mkdir()
-    start = START + f"sys.argv = {given}\nfrom etfzoo.cli import pretrain\npretrain.run()\n"
-    return python(start) | python(LOAD, MODEL) | python(REQUEST, place / "model")
+    command = [sys.executable, "-c", CODE, MODEL, place, *given]
+    run = subprocess.run(
+        command, env=environment, cwd=checkout, capture_output=True, text=True, check=False
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        sys.exit(run.stdout[-500:] + run.stderr[-2000:])
+    return json.loads(lines[-1])
 
 
 def main():
@@ -94,6 +84,7 @@ def main():
         for checkout, rows in found.items():
             with tempfile.TemporaryDirectory() as place:
                 rows.append(measured(checkout, Path(place)))
+            print(checkout.name, json.dumps(rows[-1]), flush=True)
     for name in next(iter(found.values()))[0]:
         values = [[row[name] for row in rows] for rows in found.values()]
         told = [f"{min(v):.3f} {statistics.median(v):.3f}" for v in values]

@@ -35,7 +35,9 @@ def run(cases, log):
         home = Path(base) / "home"
         home.mkdir()
         os.environ |= {"HOME": str(home), "ETFZOO_HOME": str(home / "zoo"), "MPLCONFIGDIR": base}
-        return _rows(place, cases, log)
+        os.chdir(base)
+        killed = _killed(Path(base))  # first of all: what has computed cannot be forked
+        return _rows(place, cases, log, killed)
 
 
 def _shallow():
@@ -44,8 +46,20 @@ def _shallow():
     return testing.shallow_rn18()
 
 
-def _rows(place, cases, log):
-    here = space(place, cases)
+def _killed(base):
+    """A publication that is killed, and the same command again: what is there then."""
+    core.ended(lambda: worlds.data(base / "digits"))
+    core.ended(runs.train(base / "run", base / "digits"))
+    work = runs.publish(base / "run", base / "killed")
+    core.ended(work)
+    code = core.wait(core.fork(work, runs.Counter(40, lambda: os._exit(9))))
+    core.ended(work)
+    versions = sorted(p.name for p in (base / "killed" / runs.NAME).iterdir())
+    return f"exit code {code}; then {versions} and {sorted(os.listdir(base / 'killed'))}"
+
+
+def _rows(place, cases, log, killed):
+    here = space(place, cases) | {"killed_while_published": lambda: killed}
     wrong = 0
     for line in ROWS.read_text().splitlines():
         if re.match(r"\d\. ", line):
@@ -274,15 +288,6 @@ def space(place, cases):
     def end_the_fork():
         here["process"].__exit__(None, None, None)
         shutil.rmtree("new")
-
-    def killed_while_published():
-        runs.ended = core.ended
-        work = runs.publish(place / "run", place / "killed")
-        core.ended(work)
-        core.wait(core.fork(work, runs.Counter(30, lambda: os._exit(9))))
-        core.ended(work)
-        versions = sorted(p.name for p in (place / "killed/rn18_etf.x").iterdir())
-        return f"{', '.join(versions)}; {sorted(p.name for p in (place / 'killed').iterdir())}"
 
     def python(code, **environment):
         run = subprocess.run(

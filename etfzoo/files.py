@@ -17,16 +17,19 @@ _MAX_OWN = 2**28  # of one that a run has written
 
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path, follow: bool = True):
     """Opens a temporary binary file beside `path` that takes its place when the block ends well.
 
-    A link is written through: the file that it leads to is the one that changes.
+    Args:
+        path: of the file.
+        follow: whether a link is written through, so that the file changes that it leads to; else
+            the file takes the place of the link.
 
     Raises:
         EtfzooError: the file could not be written (full disk, no permission, see `destination`);
             `path` is untouched.
     """
-    path = destination(path)
+    path = destination(path, follow)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -41,21 +44,22 @@ def atomic(path):
             temporary.unlink(missing_ok=True)
 
 
-def destination(path) -> Path:
-    """The file that is written where a path is given: the one that a link leads to.
+def destination(path, follow: bool = True) -> Path:
+    """The file that is written where a path is given: the one that a link leads to, if it counts.
 
     Raises:
         EtfzooError: a folder, a FIFO or a device; nothing is opened.
     """
     path = Path(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        mode = os.stat(path, follow_symlinks=follow).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             raise EtfzooError(f"cannot write {path}: it is no regular file")
     except (FileNotFoundError, NotADirectoryError):
         pass  # it is to be made, or writing it will say why not
     except OSError as error:
         raise EtfzooError(f"cannot write {path}: {error.strerror or error}") from error
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if follow and path.is_symlink() else path
 
 
 def write_text(path, text: str) -> None:

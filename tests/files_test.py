@@ -67,6 +67,19 @@ def test_a_link_is_written_through(tmp_path):
         files.write_text(tmp_path / "lost", "text")
 
 
+def test_a_link_that_is_not_followed_is_replaced(tmp_path):
+    (tmp_path / "there").write_text("must stay")
+    for target in ("there", "none", "link"):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with files.atomic(link, follow=False) as file:
+            file.write(b"new")
+        assert not link.is_symlink() and link.read_text() == "new"
+    assert (tmp_path / "there").read_text() == "must stay"
+    assert sorted(os.listdir(tmp_path)) == ["link", "there"]
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "circle of links"])
 def test_reading_waits_for_nothing(tmp_path, kind):
     path = special(tmp_path / "input", kind)

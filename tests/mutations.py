@@ -1,6 +1,6 @@
 """Damaged and hostile models and indexes: what each of them is, and how it is served.
 
-Used by hostile_test.py and by benchmarks/hostile.py. A mutation is a function of a random generator
+Used by hostile_test.py and benchmarks/attack.py. A mutation is a function of a random generator
 and a World; what it draws (which byte, which file) differs from seed to seed. Each must be refused.
 """
 

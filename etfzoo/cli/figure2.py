@@ -39,8 +39,8 @@ def main():
     from etfzoo.experiments import figures, random_features
 
     a2 = sorted(FLAGS.a2)
-    if 0.0 not in a2:
-        raise etfzoo.EtfzooError("--a2 needs 0 among its values: it is what the others compare to")
+    if 0.0 not in a2 or len(a2) < 2:
+        raise etfzoo.EtfzooError("--a2 needs 0 and another value, which is compared to it")
     if not FLAGS.projections:
         raise etfzoo.EtfzooError(f"--projections needs one or more of {', '.join(PROJECTIONS)}")
     train, test, title = _made(random_features) if FLAGS.dataset in MADE else _extracted(etfzoo)

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from etfzoo.data.datasets import EMBEDDED
-from etfzoo.errors import EtfzooError, extra
+from etfzoo.errors import EtfzooError, extra, first_line
 
 SPLITS = ("train", "validation", "test")
 IMAGE_SIZE = 32
@@ -381,8 +381,11 @@ def prepare(data_dir, names=EMBEDDED):
             with contextlib.redirect_stdout(io.StringIO()):
                 with contextlib.redirect_stderr(io.StringIO()):
                     builder.download_and_prepare(download_config=config)
-        except OSError as error:
+        except Exception as error:  # TFDS wraps what TensorFlow says of a full disk
+            if tfds.builder(name, data_dir=data_dir).is_prepared():
+                continue  # by another process, which was faster
             raise EtfzooError(
-                f"{name} cannot be drawn into {builder.data_dir}: {error.strerror or error}; "
+                f"{name} cannot be drawn into {builder.data_dir}: "
+                f"{getattr(error, 'strerror', None) or first_line(error)}; "
                 "choose another data directory"
             ) from error

@@ -40,6 +40,7 @@ def open_tfds(name: str, data_dir: str | None = None, prepare: bool = True) -> S
             "what TFDS calls namespaces would run the code of others"
         )
     row = DATASETS.get(name)
+    _check_documents(_prepared_folder(_place(row.tfds if row else name, data_dir)), name)
     with _own_features_alone(tfds):
         if name in EMBEDDED and prepare:
             from etfzoo.data import shapes
@@ -176,20 +177,25 @@ class _TfdsSource(Source):
         Raises:
             EtfzooError: one is missing, no regular file, or outside of the data set's folder.
         """
-        folder, total = os.path.realpath(self.builder.data_dir), 0
-        for path in self._files(split):
-            try:
-                found = os.stat(path)
-            except OSError as error:
-                reason = error.strerror or error
-                raise EtfzooError(f"{path} of data set {self.name}: {reason}") from error
-            inside = os.path.commonpath([folder, os.path.realpath(path)]) == folder
-            if not stat.S_ISREG(found.st_mode) or not inside:
-                raise EtfzooError(
-                    f"{path} of data set {self.name} is no file in the folder of the data set"
-                )
-            total += found.st_size
-        return total
+        folder = self.builder.data_dir
+        return sum(_size(path, folder, self.name) for path in self._files(split))
+
+
+def _size(path, folder, name) -> int:
+    """Bytes of a file of a data set.
+
+    Raises:
+        EtfzooError: it is missing, no regular file, or outside of the data set's folder.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise EtfzooError(f"{path} of data set {name}: {error.strerror or error}") from error
+    folder = os.path.realpath(folder)
+    inside = os.path.commonpath([folder, os.path.realpath(path)]) == folder
+    if not stat.S_ISREG(found.st_mode) or not inside:
+        raise EtfzooError(f"{path} of data set {name} is no file in the folder of the data set")
+    return found.st_size
 
 
 @contextlib.contextmanager
@@ -213,7 +219,7 @@ def _in_memory(records: tf.data.Dataset) -> dict:
 
 
 def _tfds_builder(tfds, name, row, data_dir, prepare):
-    folder = None if row else _prepared_folder(files.expand(os.path.join(data_dir or ".", name)))
+    folder = None if row else _prepared_folder(_place(name, data_dir))
     if folder is not None:
         try:
             return tfds.builder_from_directory(str(folder))
@@ -244,6 +250,18 @@ def _tfds_builder(tfds, name, row, data_dir, prepare):
             f"{first_line(error)}; connect to the internet or pass `data_dir`"
         ) from error
     return builder
+
+
+def _place(name, data_dir) -> Path:
+    """Where the versions of a data set are, or a prepared folder itself."""
+    return files.expand(os.path.join(data_dir or ".", name.partition(":")[0]))
+
+
+def _check_documents(folder, name):
+    """Raises EtfzooError where TFDS would read a file elsewhere, or wait for a FIFO for ever."""
+    for path in (*folder.glob("*.json"), *folder.glob("*.txt")) if folder else ():
+        if not path.is_dir():
+            _size(path, folder, name)
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class Extractor:
             split: split or role.
             cache: directory; None reads nothing and keeps them in a temporary file. Several workers
                 use none. What it holds is compared with the hash that it was written with, and is
-                made again where it differs.
+                made again where it differs. Others may write to it: no link in it is followed.
 
         Raises:
             EtfzooError: an image cannot be decoded, or the cache cannot be written.
@@ -94,11 +94,11 @@ class Extractor:
         path, labels_path = cache / f"{key}.float32", cache / f"{key}.labels.npz"
         found = _read(path, labels_path)
         if found is None:
-            with files.atomic(path) as file:
+            with files.atomic(path, follow=False) as file:
                 labels = _write(file, self.batches(pipeline, split))
             # The labels come last: where they are, the features are whole.
             digest = _digest(path, labels)
-            with files.atomic(labels_path) as file:
+            with files.atomic(labels_path, follow=False) as file:
                 np.savez(file, labels=labels, digest=digest)
             found = _read(path, labels_path)
         return found
@@ -294,6 +294,8 @@ def _read(path: Path, labels_path: Path) -> Features | None:
     if not (path.exists() and labels_path.exists()):
         return None
     try:
+        if path.is_symlink() or labels_path.is_symlink():
+            raise EtfzooError("it is a link")
         labels, digest = arrays.read_npz(labels_path, ["labels", "digest"]).values()
         if not np.array_equal(digest, _digest(path, labels)):
             raise EtfzooError("the features or labels are not those that were written")

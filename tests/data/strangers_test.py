@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from etfzoo.data import folders, shapes, sources
 from etfzoo.errors import EtfzooError
-from testing import make_image_folder, nobody, smooth_image
+from testing import make_image_folder, nobody, small_disk, smooth_image
 
 
 def one_line(call, *arguments):
@@ -255,6 +255,35 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "label.labels.txt"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder", "a circle", "a link out"])
+def test_documents_that_are_no_files(name, kind, made, tmp_path):
+    """TFDS opens them itself, and would wait for a FIFO for ever."""
+    path = shutil.copytree(made, tmp_path / "made") / name
+    path.unlink(missing_ok=True)
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        targets = {"a device": "/dev/zero", "a circle": name, "a link out": made / name}
+        path.symlink_to(targets[kind])
+    if name == "label.labels.txt" and kind == "a folder":
+        assert sources.resolve(str(tmp_path / "made")).class_names == ("0", "1", "2")
+    else:
+        assert str(tmp_path / "made") in one_line(sources.resolve, str(tmp_path / "made"))
+
+
+@pytest.mark.parametrize("name", ["features.json", "label.labels.txt"])
+def test_documents_of_an_embedded_data_set_that_are_no_files(name, embedded_dir, tmp_path):
+    shutil.copytree(embedded_dir / "digits", tmp_path / "digits")
+    path = tmp_path / "digits" / "1.0.0" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    line = one_line(sources.resolve, "digits", str(tmp_path))
+    assert f"{path} of data set digits is no file in the folder of the data set" in line
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_data_sets(name, made, tmp_path):
     change, message = BROKEN[name]
@@ -382,6 +411,25 @@ def test_embedded_data_sets_into_a_locked_directory(tmp_path):
         line = one_line(shapes.prepare, tmp_path / "data", ["digits"])
     assert f"digits cannot be drawn into {tmp_path}/data" in line and "Permission denied" in line
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_embedded_data_sets_onto_a_full_disk(tmp_path):
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        line = one_line(shapes.prepare, disk, ["digits"])
+        assert f"digits cannot be drawn into {disk}" in line and "No space left" in line
+
+
+def test_another_process_that_draws_the_same_was_faster(embedded_dir, tmp_path, monkeypatch):
+    real = tfds.core.DatasetBuilder.download_and_prepare
+
+    def beaten(builder, **options):
+        shutil.copytree(embedded_dir / "digits", tmp_path / "digits")
+        real(builder, **options)
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", beaten)
+    shapes.prepare(tmp_path, ["digits"])
+    assert sources.resolve("digits", str(tmp_path)).size("train") == 200
 
 
 def test_a_prepared_data_set_in_a_locked_directory_is_read(embedded_dir, tmp_path):

@@ -81,6 +81,7 @@ def test_figure2_of_made_data(tmp_path):
     ("recipe", "flags", "message"),
     [
         ("figure2", ["--dataset=gaussian", "--a2=1,2"], "needs 0"),
+        ("figure2", ["--dataset=gaussian", "--a2=0"], "needs 0 and another value"),
         ("figure2", ["--dataset=digits"], "--model"),
         ("figure3", ["--models=a/x,b/x"], "--names"),
         ("figure2", ["--dataset=gaussian", "--draws=1"], "draws must be between 2 and"),

@@ -167,6 +167,25 @@ def test_a_pipe_in_the_cache_of_features(photos, extractor, tmp_path):
         extractor.load(data, "test", tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["float32", "npz"])
+@pytest.mark.parametrize("target", ["file", "none", "copy"])
+def test_a_link_in_the_cache_of_features_is_not_followed(photos, model, tmp_path, suffix, target):
+    """Another user may have planted it: nothing outside changes, or is taken for features."""
+    extractor, data = features.Extractor(model), pipeline(photos)
+    wanted = np.array(extractor.load(data, "test", tmp_path / "cache").features)
+    (path,) = (tmp_path / "cache").glob(f"*.{suffix}")
+    (tmp_path / "file").write_text("must stay")
+    path.rename(tmp_path / "copy")
+    copy = (tmp_path / "copy").stat()
+    path.symlink_to(tmp_path / target)
+    for _ in range(2):
+        found = extractor.load(data, "test", tmp_path / "cache")
+        np.testing.assert_array_equal(found.features, wanted)
+    assert not path.is_symlink() and (tmp_path / "copy").stat() == copy
+    assert (tmp_path / "file").read_text() == "must stay"
+    assert sorted(leftovers(tmp_path)) == ["cache", "copy", "file"]
+
+
 def test_a_cache_that_cannot_be_written(photos, model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EtfzooError, match="cannot create directory"):

@@ -1,4 +1,4 @@
-"""Every kind of damaged or hostile model is refused in one line; benchmarks/hostile.py has more."""
+"""Every kind of damaged or hostile model is refused in one line; more in benchmarks/attack.py."""
 
 import json
 import random

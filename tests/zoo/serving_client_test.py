@@ -153,7 +153,7 @@ def test_bad_bytes_are_refused_and_the_next_request_is_answered(loader, model, i
 
 
 def test_bad_requests(loader, images):
-    """Two of each kind that benchmarks/bad_requests.py sends by the thousand."""
+    """Two of each kind that benchmarks/attack.py sends by the hundred."""
     good = {"image_bytes": strings(*images)}
     expected = loader.run("serving_bytes", **good)["scores"]
     seen = []

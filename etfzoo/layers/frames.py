@@ -5,7 +5,6 @@ is an array `[K, p]` whose rows, one a class, have norm 1.
 """
 
 import numpy as np
-import scipy.linalg
 from threadpoolctl import threadpool_limits
 
 from etfzoo.layers import codes
@@ -132,7 +131,10 @@ def hadamard(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
     random = np.random.RandomState(seed)
     rows, columns = (random.permutation(order)[:n] for n in (num_classes, dim))
     signs = random.choice([-1.0, 1.0], dim)
-    return scipy.linalg.hadamard(order)[np.ix_(rows, columns)] * signs / np.sqrt(dim)
+    sylvester = np.ones((1, 1))
+    while len(sylvester) < order:
+        sylvester = np.block([[sylvester, sylvester], [sylvester, -sylvester]])
+    return sylvester[np.ix_(rows, columns)] * signs / np.sqrt(dim)
 
 
 def softmax_code(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -73,7 +73,7 @@ RUN_BY = {
     "python docs/notebooks/etf_layer.py": "tests/notebooks_test.py::test_it_runs",
     "jupytext --to ipynb docs/notebooks/etf_layer.py": "tests/notebooks_test.py::test_jupyter",
     "python -m etfzoo.training --config=FILE": (
-        "tests/training/job_test.py::test_a_job_runs_as_a_module"
+        "tests/training/job_test.py::test_a_job_runs_and_records_a_command"
     ),
     "KERAS_BACKEND=jax python recipes/pretrain.py --dataset=shapes/source *": (
         "tests/runtime/step_jax_test.py::test_recipes_from_pretraining"
@@ -194,7 +194,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", RUN.splitlines()[1:])
-def test_the_commands_run(text, place, embedded_dir, shallow_rn18, monkeypatch):
+def test_the_commands_run(text, place, embedded_dir, small_rn18, monkeypatch):
     monkeypatch.chdir(place)
     (command,) = pages.of_script("", text)
     if not command.recipe:
@@ -215,7 +215,7 @@ def test_the_commands_run(text, place, embedded_dir, shallow_rn18, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, shallow_rn18, monkeypatch):
+def test_demo(tmp_path, small_rn18, monkeypatch):
     """With fewer epochs, and without the trained model."""
     for settings in (demo.PRETRAIN, demo.FINETUNE):
         monkeypatch.setitem(settings, "epochs", 1)

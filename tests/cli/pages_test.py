@@ -164,8 +164,8 @@ def test_what_is_run_elsewhere_is_there(command, place):
 def test_flags_are_those_of_the_command(command, tmp_path):
     """They are read and checked, and nothing is opened."""
     given = [word for word in command.arguments if not word.endswith(("…", "..."))]
-    module = importlib.import_module(f"etfzoo.cli.{command.recipe}")
     with as_a_process([command.recipe, *given], tmp_path), mock.patch.object(app, "run"):
+        module = importlib.import_module(f"etfzoo.cli.{command.recipe}")
         module.run()
         beside = app.read_flags([command.recipe, *given])[1:]
         takes_files = app.run.call_args.kwargs.get("arguments", False)

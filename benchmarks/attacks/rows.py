@@ -296,7 +296,7 @@ def space(place, cases):
             text=True,
             check=False,
         )
-        return (run.stdout + run.stderr).strip().splitlines()[-1]
+        return (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()[-1]
 
     def fitted(change):
         x = testing.random_pixels(14)

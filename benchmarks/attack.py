@@ -84,7 +84,7 @@ def main():
     from attacks import core, hosts, pictures, rows, runs, servers, settings  # noqa: F401
 
     names = list(core.GROUPS) if args.groups == "all" else args.groups.split(",")
-    path = Path(args.log) if args.log and args.only is None else None
+    path = Path(args.log).absolute() if args.log and args.only is None else None
     lines = path.read_text().splitlines() if path and path.exists() else []
     done = [m for m in map(LINE.match, lines) if m and int(m[3]) == args.seed]
 

@@ -115,7 +115,6 @@ def space(place, cases):
     subprocess.run([sys.executable, cases, "cases"], check=True, capture_output=True)
     data, home = place / "data", os.environ["HOME"]
     small = testing.make_classifier()
-    small.save("m.keras")
 
     def train(folder, **changes):
         return loop.train_and_evaluate(worlds.config(data, epochs=1, **_once(changes)), folder)
@@ -172,9 +171,9 @@ def space(place, cases):
         return [re.sub(r"[\d.]+ s\b", "", x) for x in out.splitlines() if re.search(r"\d\.\d", x)]
 
     def damage_draws(folder):
-        paths = [p for p in Path(folder).rglob("*.json*") if p.is_file()]
+        paths = [p for p in Path(folder).rglob("*.npz") if p.name != "figure2.npz"]
         for path in paths:
-            path.write_text(path.read_text().replace("0.", "7e300", 1))
+            half(path)
         assert paths
 
     def config(**values):
@@ -297,7 +296,7 @@ def space(place, cases):
             text=True,
             check=False,
         )
-        return (run.stdout + run.stderr).strip().splitlines()[-1]
+        return (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()[-1]
 
     def fitted(change):
         x = testing.random_pixels(14)

@@ -194,7 +194,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", RUN.splitlines()[1:])
-def test_the_commands_run(text, place, embedded_dir, small_rn18, monkeypatch):
+def test_the_commands_run(text, place, embedded_dir, small_network, monkeypatch):
     monkeypatch.chdir(place)
     (command,) = pages.of_script("", text)
     if not command.recipe:
@@ -215,7 +215,7 @@ def test_the_commands_run(text, place, embedded_dir, small_rn18, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path, small_rn18, monkeypatch):
+def test_demo(tmp_path, small_network, monkeypatch):
     """With fewer epochs, and without the trained model."""
     for settings in (demo.PRETRAIN, demo.FINETUNE):
         monkeypatch.setitem(settings, "epochs", 1)

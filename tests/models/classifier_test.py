@@ -198,7 +198,8 @@ def test_keras_files_in_another_process(rn18, tmp_path):
     ]
     for name, (model, count, bound) in models.items():
         out = dict(np.load(f"{paths[name]}.npz"))
-        np.testing.assert_allclose(out.pop("logits"), model(pixels()), rtol=bound, atol=1e-5)
+        wanted = np.asarray(model(pixels()))  # single ones of them may be near zero
+        np.testing.assert_allclose(out.pop("logits"), wanted, atol=bound * np.abs(wanted).max())
         mine = {path.replace("/", "."): a for path, a in weights.as_arrays(model.variables).items()}
         assert out.keys() == mine.keys() and len(mine) == count
         for path, array in mine.items():

@@ -13,7 +13,10 @@ FOLDER = CHECKOUT / "docs/notebooks"
 # Of each, what it ends with and what it writes.
 ENDS = {
     "etf_layer": ("gives the same logits, bit for bit: True", "digits.keras"),
-    "transfer": ("gives the same logits, bit for bit: True", "models/rn18_linear.photos/README.md"),
+    "transfer": (
+        "gives the same logits, bit for bit: True",
+        "models/rn18_linear.photos/1/README.md",
+    ),
     "collapse": ("linear: tr(C°)/p ", "figure3.png"),
 }
 

@@ -93,7 +93,7 @@ class _State:
             return
         with contextlib.suppress(EtfzooError):  # a full disk costs the search its memory only
             files.make_directory(path.parent)
-            with files.atomic(path) as file:
+            with files.atomic(path, follow=False) as file:
                 np.savez(file, **vars(self))
 
     def advance(self, steps):

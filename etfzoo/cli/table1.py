@@ -42,6 +42,7 @@ RATES = {"low": 1e-12, "high": 10**6}
 SETTINGS = (
     "source", "protocol", "data_dir", "source_search_epochs", "epochs", "batch_size",
     "finetune_epochs", "finetune_batch_size", "image_size", "eval_every", "mixed_precision",
+    "cache", "deterministic",
 )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def run():
         ("eval_every", "epochs between evaluations (default: 1)", 10**6),
     ):
         flags.integer(training, name, None, text, low=1, high=high)
-    flags.settings("mixed_precision")
+    flags.settings("mixed_precision", "cache", "deterministic")
     text = "cells at a time; they share the cores, and GPUs one each"
     flags.integer("Machine", "jobs", 1, text, low=1, high=1024)
     flags.boolean("Sweep", "dry_run", False, "print the plan, and run nothing")

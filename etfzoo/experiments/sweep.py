@@ -47,7 +47,8 @@ class Sweep:
             first seed, and what is picked is taken for the other backbones and seeds.
         source_search_epochs: of each candidate of the pretraining; None is all epochs.
         epochs, batch_size, finetune_epochs, finetune_batch_size, image_size, eval_every,
-            mixed_precision: as in TrainConfig; None is the protocol's or the default.
+            mixed_precision, cache, deterministic: as in TrainConfig; None is the protocol's or the
+            default.
         image_size_schedule: of the pretraining, as in TrainConfig.
     """
 
@@ -71,6 +72,8 @@ class Sweep:
     image_size_schedule: tuple[tuple[int, int], ...] = ()
     eval_every: int | None = None
     mixed_precision: str | None = None
+    cache: str | None = None
+    deterministic: bool | None = None
 
     def __post_init__(self):
         for name, kind, choices in (
@@ -194,7 +197,9 @@ def cells(sweep: Sweep) -> list[Cell]:
 
 def _config(sweep, task, dataset, backbone, own) -> dict:
     """Fields of TrainConfig: the protocol's, then the sweep's, then a cell's own."""
-    names = ("data_dir", "image_size", "eval_every", "mixed_precision")
+    names = (
+        "data_dir", "image_size", "eval_every", "mixed_precision", "cache", "deterministic",
+    )  # fmt: skip
     given = {name: getattr(sweep, name) for name in names} | own
     defaults = protocols.settings(sweep.protocol, task, backbone, DATASETS.get(dataset))
     return defaults | {"dataset": dataset} | {k: v for k, v in given.items() if v is not None}

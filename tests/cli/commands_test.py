@@ -148,7 +148,7 @@ SWEEP = {
     "data_dir": "d", "learning_rates": (0.3, 0.1), "source_learning_rates": (0.5, 0.6),
     "source_search_epochs": 2, "epochs": 11, "batch_size": 12, "finetune_epochs": 13,
     "finetune_batch_size": 14, "image_size": 48, "image_size_schedule": ((32, 2), (40, 3)),
-    "eval_every": 5, "mixed_precision": "float16",
+    "eval_every": 5, "mixed_precision": "float16", "cache": "device", "deterministic": False,
 }  # fmt: skip
 
 

@@ -68,7 +68,8 @@ def candidates(size):
         crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
         shape = tf.image.extract_jpeg_shape(encoded)
         if area:
-            corners = augment.random_window(shape, crop_key, 0.08)
+            numbers = tf.random.stateless_uniform([augment.TRIES + 1, 2], crop_key)
+            corners = augment.random_window(shape[:2], numbers, 0.08)
         else:
             begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
                 shape, tf.zeros([1, 0, 4]), crop_key, 0.0, (3 / 4, 4 / 3), (0.08, 1.0), 10, True

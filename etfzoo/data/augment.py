@@ -66,7 +66,7 @@ def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -
 
 def evaluation_pixels(image: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
     """As `evaluation_image`, of a decoded image `[H, W, 3]` in 0..255."""
-    region, window = evaluation_window(tf.shape(image), height, width, crop)
+    region, window = evaluation_window(tf.shape(image)[:2], height, width, crop)
     top, left, rows, columns = tf.unstack(region)
     pixels = tf.slice(image, [top, left, 0], [rows, columns, 3])
     return _resample(pixels, _inside(window, region), height, width)
@@ -83,25 +83,25 @@ def evaluation_window(
     """What evaluation shows of an image, and the pixels that it reads for that.
 
     Args:
-        shape: of the image, int32 `[H, W, ...]`.
+        shape: of the image, int32 `[..., H, W]`.
         height, width, crop: see `evaluation_image`.
 
     Returns:
-        `region`: int32 `[4]`, top, left, height and width of the window and of what the filter
-        reads around it; `window`: float32 `[4]`, the same of what is shown.
+        `region`: int32 `[..., 4]`, top, left, height and width of the window and of what the filter
+        reads around it; `window`: float32 `[..., 4]`, the same of what is shown.
     """
-    shape = tf.cast(shape[:2], tf.float32)
-    scale = crop * tf.minimum(shape[0] / height, shape[1] / width)
+    shape = tf.cast(shape, tf.float32)
+    scale = crop * tf.reduce_min(shape / [float(height), float(width)], -1, keepdims=True)
     size = scale * [float(height), float(width)]
     start = (shape - size) / 2
     reach = tf.maximum(scale, 1.0)  # of the filter, to each side of the middle of a target pixel
     first = tf.maximum(tf.floor(start - reach), 0.0)
     last = tf.minimum(tf.math.ceil(start + size + reach), shape)
-    region = tf.cast(tf.concat([first, last - first], 0), tf.int32)
-    return region, tf.concat([start, size], 0)
+    region = tf.cast(tf.concat([first, last - first], -1), tf.int32)
+    return region, tf.concat([start, size], -1)
 
 
-def random_window(shape: tf.Tensor, key: tf.Tensor, min_area: float) -> tf.Tensor:
+def random_window(shape: tf.Tensor, numbers: tf.Tensor, min_area: float) -> tf.Tensor:
     """The window of a random resized crop, as torchvision's RandomResizedCrop draws it.
 
     Its area is uniform in `[min_area, 1]` of the image's, the logarithm of its ratio of width to
@@ -109,25 +109,27 @@ def random_window(shape: tf.Tensor, key: tf.Tensor, min_area: float) -> tf.Tenso
     the image, it is the largest centred window of a ratio that is allowed.
 
     Args:
-        shape: of the image, int32 `[H, W, ...]`.
-        key: int `[2]`, stateless seed.
+        shape: of the image, int32 `[..., H, W]`.
+        numbers: uniform in `[0, 1)`, float32 `[..., TRIES + 1, 2]`: area and ratio of each try, and
+            the place.
         min_area: in (0, 1].
 
     Returns:
-        int32 `[4]`: top, left, height and width.
+        int32 `[..., 4]`: top, left, height and width.
     """
-    numbers = tf.random.stateless_uniform([TRIES + 1, 2], key)
-    sides = tf.cast(shape[:2], tf.float32)
-    area = tf.reduce_prod(sides) * (min_area + (1 - min_area) * numbers[:TRIES, 0])
-    root = tf.exp((numbers[:TRIES, 1] - 0.5) * math.log(MAX_RATIO))  # of width / height
-    sizes = tf.round(tf.sqrt(area)[:, None] * tf.stack([1 / root, root], 1))
-    fits = tf.reduce_all((sizes > 0) & (sizes <= sides), 1)
-    largest = tf.minimum(sides, tf.round(sides[::-1] * MAX_RATIO))
-    any_fits = tf.reduce_any(fits)
-    size = tf.where(any_fits, sizes[tf.argmax(fits, output_type=tf.int32)], largest)
+    sides = tf.cast(shape, tf.float32)
+    tries = numbers[..., :TRIES, :]
+    area = tf.reduce_prod(sides, -1, keepdims=True) * (min_area + (1 - min_area) * tries[..., 0])
+    root = tf.exp((tries[..., 1] - 0.5) * math.log(MAX_RATIO))  # of width / height
+    sizes = tf.round(tf.sqrt(area)[..., None] * tf.stack([1 / root, root], -1))
+    fits = tf.reduce_all((sizes > 0) & (sizes <= sides[..., None, :]), -1)
+    largest = tf.minimum(sides, tf.round(sides[..., ::-1] * MAX_RATIO))
+    any_fits = tf.reduce_any(fits, -1, keepdims=True)
+    first = tf.argmax(fits, -1, output_type=tf.int32)
+    size = tf.where(any_fits, tf.gather(sizes, first, axis=-2, batch_dims=fits.ndim - 1), largest)
     free = sides - size
-    start = tf.floor(tf.where(any_fits, numbers[TRIES] * (free + 1), free / 2))
-    return tf.cast(tf.concat([start, size], 0), tf.int32)
+    start = tf.floor(tf.where(any_fits, numbers[..., TRIES, :] * (free + 1), free / 2))
+    return tf.cast(tf.concat([start, size], -1), tf.int32)
 
 
 def training_image(
@@ -181,39 +183,77 @@ def draw(
     augmentation: Augmentation,
     crop: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """What is drawn for a training image, but for RandAugment.
+    """What is drawn for a training image, but for RandAugment: `draws` from `random_numbers`.
 
     Args:
-        shape: of the image, int32 `[H, W, ...]`.
+        shape: of the image, int32 `[H, W]`.
         key, height, width, augmentation, crop: see `training_image`.
+
+    Returns:
+        see `draws`.
+    """
+    return draws(shape, random_numbers(key, augmentation), height, width, augmentation, crop)
+
+
+def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tensor, tf.Tensor]:
+    """The random numbers of one image, of which `draws` makes windows and flips.
+
+    Args:
+        key: int `[2]`, stateless seed.
+        augmentation: what is drawn.
+
+    Returns:
+        of the crop, float32 `[TRIES + 1, 2]` for resized crops and int32 `[2]` for shifts, else
+        `[0]`; and of the mirror, float32 `[]`.
+    """
+    crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
+    crop, flip = tf.zeros([0]), tf.constant(1.0)
+    if augmentation.crop == "resized_crop":
+        crop = tf.random.stateless_uniform([TRIES + 1, 2], crop_key)
+    elif augmentation.crop == "shift":
+        # Of three numbers, of which the channels' is not used: what
+        # tf.image.stateless_random_crop draws.
+        crop = tf.random.stateless_uniform([3], crop_key, 0, tf.int32.max, tf.int32)[:2]
+    if augmentation.flip:
+        flip = tf.random.stateless_uniform([], flip_key)
+    return crop, flip
+
+
+def draws(
+    shape: tf.Tensor,
+    numbers: tuple[tf.Tensor, tf.Tensor],
+    height: int,
+    width: int,
+    augmentation: Augmentation,
+    crop: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What is drawn for one image or for a batch of them, whose axes come first.
+
+    Args:
+        shape: of the image, int32 `[..., H, W]`.
+        numbers: of `random_numbers`.
+        height, width, augmentation, crop: see `training_image`.
 
     Returns:
         `region`, `window`: what is read and what is shown of the image, see `evaluation_window`; a
         resized crop reads nothing outside of its window; `antialias`: whether the filter grows with
-        the window; `shift`: int32 `[2]`, top and left of what is then kept of the padded image,
-        where the crop is `"shift"`; `flip`: whether the image is mirrored.
+        the window; `shift`: int32 `[..., 2]`, top and left of what is then kept of the padded
+        image, where the crop is `"shift"`; `flip`: whether the image is mirrored.
     """
-    crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
-    antialias, shift = tf.constant(True), tf.zeros([2], tf.int32)
+    crop_numbers, flip_number = numbers
+    antialias, shift = tf.ones(tf.shape(shape)[:-1], bool), tf.zeros_like(shape)
     if augmentation.crop == "resized_crop":
-        region = random_window(shape, crop_key, augmentation.min_area)
+        region = random_window(shape, crop_numbers, augmentation.min_area)
         window = tf.cast(region, tf.float32)
         # Interpolation alone still reads every pixel of a crop of at most twice the target.
         factor = 1 if augmentation.antialias else 2
-        antialias = tf.reduce_any(region[2:] > [factor * height, factor * width])
+        antialias = tf.reduce_any(region[..., 2:] > [factor * height, factor * width], -1)
     elif augmentation.crop == "shift":
         region, window = evaluation_window(shape, height, width, crop=1.0)
-        positions = 2 * tf.constant(padding(height, width)) + 1
-        # Of three numbers, of which the channels' is not used: what
-        # tf.image.stateless_random_crop draws.
-        numbers = tf.random.stateless_uniform([3], crop_key, 0, tf.int32.max, tf.int32)
-        shift = numbers[:2] % positions
+        shift = crop_numbers % (2 * tf.constant(padding(height, width)) + 1)
     else:
         region, window = evaluation_window(shape, height, width, crop)
-    flip = tf.constant(False)
-    if augmentation.flip:
-        flip = tf.random.stateless_uniform([], flip_key) < 0.5
-    return region, window, antialias, shift, flip
+    return region, window, antialias, shift, flip_number < 0.5
 
 
 def padding(height: int, width: int) -> tuple[int, int]:

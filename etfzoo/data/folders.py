@@ -53,21 +53,19 @@ class _FolderSource(Source):
     def size(self, split):
         return len(self._files(split))
 
-    def records(self, split, shuffle_seed=None):
+    def records(self, split, shuffle_seed=None, images=True):
         items = self._files(split)
         columns = {
             "record": tf.constant([os.fsencode(path) for path, _ in items]),
             "label": tf.constant([label for _, label in items], tf.int32),
         }
+        columns["key"] = tf.strings.to_hash_bucket_fast(columns["record"], KEYS)
+        records = ordered(columns, shuffle_seed)
+        if not images:
+            return records
         root = os.fsencode(self.root) + os.sep.encode()
-        return ordered(columns, shuffle_seed).map(
-            lambda r: (
-                r
-                | {
-                    "image": tf.io.read_file(tf.strings.join([root, r["record"]])),
-                    "key": tf.strings.to_hash_bucket_fast(r["record"], KEYS),
-                }
-            ),
+        return records.map(
+            lambda r: r | {"image": tf.io.read_file(tf.strings.join([root, r["record"]]))},
             num_parallel_calls=2,
         )
 

@@ -138,10 +138,18 @@ class Pipeline:
         return self.batched(examples, share, drop_remainder=True)
 
     def training_records(
-        self, split: str, epoch: int, start_step: int = 0, share: InputShare | None = None
+        self,
+        split: str,
+        epoch: int,
+        start_step: int = 0,
+        share: InputShare | None = None,
+        images: bool = True,
     ) -> tf.data.Dataset:
-        """The records that `training` makes its images of, in its order."""
-        records = self.source.records(split, self._epoch_seeds(epoch)[0])
+        """The records that `training` makes its images of, in its order.
+
+        `images`: see `etfzoo.data.source.Source.records`.
+        """
+        records = self.source.records(split, self._epoch_seeds(epoch)[0], images)
         records = records.skip(start_step * self.batch_size)
         if share is not None:
             whole = (self.size(split) // self.batch_size - start_step) * self.batch_size
@@ -165,9 +173,14 @@ class Pipeline:
         examples = self.evaluation_records(split, share).map(example, PARALLEL)
         return self.batched(examples, share, drop_remainder=False)
 
-    def evaluation_records(self, split: str, share: InputShare | None = None) -> tf.data.Dataset:
-        """The records that `evaluation` makes its images of, in its order."""
-        records = self.source.records(split)
+    def evaluation_records(
+        self, split: str, share: InputShare | None = None, images: bool = True
+    ) -> tf.data.Dataset:
+        """The records that `evaluation` makes its images of, in its order.
+
+        `images`: see `etfzoo.data.source.Source.records`.
+        """
+        records = self.source.records(split, images=images)
         if share is not None:
             fill = records.take(1).repeat(-self.size(split) % self.batch_size)
             fill = fill.map(lambda record: record | {"label": tf.constant(-1, tf.int32)})

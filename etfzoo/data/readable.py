@@ -47,8 +47,8 @@ class ReadableSource(Source):
     def size(self, split):
         return self.source.size(split) - len(self._lost(split))
 
-    def records(self, split, shuffle_seed=None):
-        records = self.source.records(split, shuffle_seed)
+    def records(self, split, shuffle_seed=None, images=True):
+        records = self.source.records(split, shuffle_seed, images)
         lost = self._lost(split)
         if not lost:
             return records

@@ -72,8 +72,17 @@ class Source:
         """
         raise NotImplementedError
 
-    def records(self, split: str, shuffle_seed: int | None = None) -> tf.data.Dataset:
-        """Encoded records of a split or role, in file order or in the order of a seed."""
+    def records(
+        self, split: str, shuffle_seed: int | None = None, images: bool = True
+    ) -> tf.data.Dataset:
+        """Encoded records of a split or role, in file order or in the order of a seed.
+
+        Args:
+            split: split or role.
+            shuffle_seed: None is file order.
+            images: False leaves the encoded images out where the source is held in memory, which
+                is faster.
+        """
         raise NotImplementedError
 
 
@@ -97,13 +106,18 @@ def naming_source(name: str, *, records: bool = True):
 
 def ordered(columns: Mapping[str, tf.Tensor], shuffle_seed: int | None) -> tf.data.Dataset:
     """Records from columns in memory, in the given order or in that of a seed, with `index`."""
-    order = np.arange(len(columns["record"]))
-    if shuffle_seed is not None:
-        order = np.random.RandomState(shuffle_seed).permutation(order)
+    order = permutation(len(columns["record"]), shuffle_seed)
     records = tf.data.Dataset.from_tensor_slices(order).map(
-        lambda i: {"index": i} | {name: tf.gather(c, i) for name, c in columns.items()}
+        lambda i: {"index": i} | {name: tf.gather(c, i) for name, c in columns.items()},
+        num_parallel_calls=2,
     )
     return records.with_options(reading())
+
+
+def permutation(count: int, shuffle_seed: int | None) -> np.ndarray:
+    """Places in file order of records in memory: as they are, or in the order of a seed."""
+    order = np.arange(count)
+    return order if shuffle_seed is None else np.random.RandomState(shuffle_seed).permutation(order)
 
 
 def reading() -> tf.data.Options:

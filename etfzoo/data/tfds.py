@@ -113,13 +113,16 @@ class _TfdsSource(Source):
             raise EtfzooError(f"split {split!r} of data set {self.name} is empty")
         return info
 
-    def records(self, split, shuffle_seed=None):
+    def records(self, split, shuffle_seed=None, images=True):
         if self._bytes(split) > MEMORY_BYTES:
             return self._stream(split, shuffle_seed)
         if split not in self.memory:
             with naming_source(self.name), _naming_damaged(self._files(split)):
                 self.memory[split] = _in_memory(self._stream(split, None))
-        return ordered(self.memory[split], shuffle_seed)
+        columns = self.memory[split]
+        if not images:
+            columns = {name: column for name, column in columns.items() if name != "image"}
+        return ordered(columns, shuffle_seed)
 
     def _stream(self, split, shuffle_seed):
         import tensorflow_datasets as tfds

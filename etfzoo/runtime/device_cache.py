@@ -65,14 +65,17 @@ class DeviceCache:
         size, augmentation = self.pipeline.preprocessing, self.pipeline.augmentation
         height, width, crop = size
 
-        def drawn(record):
-            shape = tf.gather(shapes, record["index"])
-            draws = augment.draw(shape, seed(record), height, width, augmentation, crop)
-            return record["index"], *draws, record["label"]
+        def numbers(record):
+            drawn = augment.random_numbers(seed(record), augmentation)
+            return record["index"], drawn, record["label"]
+
+        def windows(index, drawn, labels):
+            shape = tf.gather(shapes, index)
+            return index, *augment.draws(shape, drawn, height, width, augmentation, crop), labels
 
         share = InputShare()
-        records = self.pipeline.training_records(split, epoch, start_step, share)
-        return self._batches(images, records.map(drawn, PARALLEL), share)
+        records = self.pipeline.training_records(split, epoch, start_step, share, images=False)
+        return self._batches(images, records.map(numbers, PARALLEL), windows, share)
 
     def evaluation(self, split: str):
         """Yields the batches of `Pipeline.evaluation` as JAX arrays; all whole, see there.
@@ -84,17 +87,20 @@ class DeviceCache:
         height, width, crop = self.pipeline.preprocessing
         pad = tf.constant(augment.padding(height, width))
 
-        def drawn(record):
-            shape = tf.gather(shapes, record["index"])
-            windows = augment.evaluation_window(shape, height, width, crop)
-            return record["index"], *windows, True, pad, False, record["label"]
+        def windows(index, labels):
+            shown = augment.evaluation_window(tf.gather(shapes, index), height, width, crop)
+            no = tf.zeros_like(index, bool)
+            return index, *shown, ~no, tf.zeros_like(shown[0][:, :2]) + pad, no, labels
 
         share = InputShare()
-        records = self.pipeline.evaluation_records(split, share)
-        return self._batches(images, records.map(drawn, PARALLEL), share)
+        records = self.pipeline.evaluation_records(split, share, images=False)
+        records = records.map(lambda record: (record["index"], record["label"]))
+        return self._batches(images, records, windows, share)
 
-    def _batches(self, images, draws, share):
-        draws = self.pipeline.batched(draws, share, drop_remainder=False)
+    def _batches(self, images, records, windows, share):
+        """Batches of images from records, of whose batches `windows` makes what is shown."""
+        draws = self.pipeline.batched(records, share, drop_remainder=False)
+        draws = draws.map(windows, PARALLEL).prefetch(2)
         for *drawn, labels in draws.as_numpy_iterator():
             drawn = [jax.device_put(d, self.strategy.split) for d in drawn]
             yield self._pixels(images, *drawn), labels
@@ -116,7 +122,7 @@ class DeviceCache:
         decoded = records.map(
             lambda record: (record["index"], decoding.decode(record["image"], fast)), PARALLEL
         )
-        sizes = records.map(lambda r: (r["index"], decoding.image_size(r["image"])))
+        sizes = records.map(lambda r: (r["index"], decoding.image_size(r["image"])), PARALLEL)
         sizes = dict(sizes.as_numpy_iterator())
         count = 1 + int(max(sizes))  # with the places of images that are left out
         shapes = np.zeros((count, 2), np.int32)

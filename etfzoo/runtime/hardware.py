@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import keras
 import tensorflow as tf
 
 from etfzoo import files
@@ -101,7 +102,10 @@ def _command(argv):
             skip = "=" not in argument
         else:
             kept.append(argument)
-    return shlex.join([*start, *kept])
+    backend = keras.backend.backend()
+    return ("" if backend == "tensorflow" else f"KERAS_BACKEND={backend} ") + shlex.join(
+        [*start, *kept]
+    )
 
 
 def _processor():

@@ -3,6 +3,7 @@
 import json
 import types
 
+import keras
 import pytest
 import tensorflow as tf
 
@@ -22,6 +23,11 @@ def test_devices_of_this_machine_and_of_several(monkeypatch):
     assert hardware.describe(of_jax) == "4 x TPU v5e"
     monkeypatch.setattr(hardware, "num_workers", lambda strategy: 2)
     assert hardware.describe(of_jax) == "2 machines with 4 x TPU v5e each"
+
+
+def test_a_command_names_its_backend_where_it_is_another(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    assert hardware._command(["etfzoo pretrain"]) == "KERAS_BACKEND=jax etfzoo pretrain"
 
 
 @pytest.mark.parametrize(

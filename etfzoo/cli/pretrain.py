@@ -54,7 +54,7 @@ def main():
 def run():
     """Defines the flags and runs the command."""
     flags.settings(
-        "backbone", "head", "norm", "feature_norm", "frame", "scale", "initializer",
+        "backbone", "head", "norm", "feature_norm", "frame", "scale", "learn_scale", "initializer",
         "zero_gamma", "mean", "std", backbone="rn50", head="etf",
     )  # fmt: skip
     flags.training_flags("paper", "imagenet2012", lists=("learning_rate",))

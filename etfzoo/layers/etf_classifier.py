@@ -48,6 +48,8 @@ class ETFClassifier(keras.layers.Layer):
         frame: the rows of W: `"simplex_etf"` (the paper; p >= K-1), `"centred_etf"` (orthogonal to
             the all-ones vector; p >= K), `"orthogonal"`, `"hadamard"` (both p >= K), or
             `"softmax_code"` for more classes than p+1; see `etfzoo.layers.frames`.
+        learn_scale: whether the factor is trained too, as the weight `log_scale`, from `scale` on;
+            the directions of the classes stay fixed.
 
     Raises:
         ValueError: K < 2, a frame that does not exist in p dimensions, features that are not
@@ -72,6 +74,7 @@ class ETFClassifier(keras.layers.Layer):
         feature_norm="none",
         seed=0,
         frame="simplex_etf",
+        learn_scale=False,
         **kwargs,
     ):
         # Casting is done here: autocast would round float32 features to 16 bits.
@@ -98,6 +101,7 @@ class ETFClassifier(keras.layers.Layer):
         self.feature_norm = feature_norm
         self.seed = int(seed)
         self.frame = frame
+        self.learn_scale = bool(learn_scale)
         self.logits_dtype = full_precision(self.compute_dtype)
         self.batch_norm = None
         if feature_norm.startswith("bn"):
@@ -121,6 +125,20 @@ class ETFClassifier(keras.layers.Layer):
         )
         if self.batch_norm is not None:
             self.batch_norm.build(input_shape)
+        if self.learn_scale:
+            # Its logarithm, so that no step can turn its sign.
+            self.log_scale = self.add_weight(
+                name="log_scale",
+                shape=(),
+                dtype=self.logits_dtype,
+                initializer=keras.initializers.Constant(math.log(self.scale)),
+                autocast=False,
+            )
+
+    @property
+    def logit_scale(self):
+        """The factor on the logits as it is now: `scale` until it is trained."""
+        return ops.exp(self.log_scale) if self.learn_scale else self.scale
 
     def call(self, features, training=None):
         h = ops.cast(features, self.logits_dtype)
@@ -128,7 +146,7 @@ class ETFClassifier(keras.layers.Layer):
             h = self.batch_norm(h, training=training)
         if self.feature_norm.endswith("l2"):
             h = ops.normalize(h, axis=-1, order=2)
-        return self.scale * ops.matmul(h, self.kernel)
+        return self.logit_scale * ops.matmul(h, self.kernel)
 
     @property
     def synchronized(self) -> bool:
@@ -155,4 +173,5 @@ class ETFClassifier(keras.layers.Layer):
             "feature_norm": self.feature_norm,
             "seed": self.seed,
             "frame": self.frame,
+            "learn_scale": self.learn_scale,
         }

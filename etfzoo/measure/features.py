@@ -269,7 +269,7 @@ def linear_head(model) -> tuple[np.ndarray, np.ndarray]:
     kernel = np.asarray(head.kernel, np.float64).T
     if model.spec.head == "linear":
         return kernel, np.asarray(head.bias, np.float64)
-    kernel = head.scale * kernel
+    kernel = np.asarray(head.logit_scale, np.float64) * kernel
     norm = head.batch_norm
     if norm is None:
         return kernel, np.zeros(len(kernel))

@@ -159,7 +159,8 @@ def _stock_head(layer: ETFClassifier):
     parts.append(keras.layers.Dense(layer.num_classes, name=layer.name, **options))
     head = parts[0] if len(parts) == 1 else keras.Sequential(parts, name=layer.name)
     weights = norm.get_weights() if norm is not None else []
-    return head, [*weights, layer.scale * keras.ops.convert_to_numpy(layer.kernel)]
+    kernel = keras.ops.convert_to_numpy(layer.logit_scale * layer.kernel)
+    return head, [*weights, kernel]
 
 
 def _copy(network, replacements, inputs=None) -> keras.Model:

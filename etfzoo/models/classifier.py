@@ -8,7 +8,7 @@ import keras
 from etfzoo.errors import unknown
 from etfzoo.layers.etf_classifier import ETFClassifier, full_precision
 from etfzoo.models import backbones, weights
-from etfzoo.models.spec import IMAGENET_MEAN, IMAGENET_STD, ClassifierSpec
+from etfzoo.models.spec import ETF_FIELDS, IMAGENET_MEAN, IMAGENET_STD, ClassifierSpec
 
 
 @keras.saving.register_keras_serializable(package="etfzoo")
@@ -42,6 +42,7 @@ class ImageClassifier(keras.Model):
                     spec.feature_norm,
                     spec.seed,
                     spec.frame,
+                    spec.learn_scale,
                     name="logits",
                 )(x)
             elif spec.head == "linear":
@@ -87,6 +88,7 @@ def build_classifier(
     scale: float | None = None,
     seed: int = 0,
     frame: str = "simplex_etf",
+    learn_scale: bool = False,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     crop: float = 0.875,
@@ -106,7 +108,7 @@ def build_classifier(
         scale: factor on the ETF head's logits; None means 16 on L2-normalised features, else 1.
         seed: seed of the ETF. The other weights draw from Keras's global seed
             (`keras.utils.set_random_seed`).
-        frame: of the fixed classifier, see `etfzoo.layers.ETFClassifier`.
+        frame, learn_scale: of the fixed classifier, see `etfzoo.layers.ETFClassifier`.
         mean, std: per channel, on the 0..255 scale.
         crop: share of the shorter side that evaluation keeps around the centre.
         class_names: label names in the order of the logits, or None.
@@ -138,6 +140,7 @@ def build_classifier(
             scale=scale,
             seed=seed,
             frame=frame,
+            learn_scale=learn_scale,
             mean=mean,
             std=std,
             crop=crop,
@@ -166,9 +169,8 @@ def replace_head(
         >>> flowers.spec.head, flowers.output_shape
         ('linear', (None, 102))
     """
-    defaults: dict = {"class_names": None, "class_descriptions": None, "scale": None}
-    defaults |= {"feature_norm": "none", "frame": "simplex_etf"}
-    changes = defaults | changes | {"num_classes": num_classes, "head": head}
+    defaults: dict = {"class_names": None, "class_descriptions": None}
+    changes = defaults | ETF_FIELDS | changes | {"num_classes": num_classes, "head": head}
     spec = dataclasses.replace(model.spec, **changes)
     fresh = ImageClassifier(spec)
     weights.assign(fresh.variables, weights.as_arrays(model.variables), skip=is_head_variable)

@@ -7,6 +7,10 @@ from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models.table import FEATURE_NORMS, FRAMES, HEADS, NORMS, get_backbone
 
 IMAGENET_MEAN, IMAGENET_STD = IMAGENET_STATISTICS
+# What belongs to the etf head, and what stands there of another one.
+ETF_FIELDS = {
+    "feature_norm": "none", "scale": None, "frame": "simplex_etf", "learn_scale": False,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class ClassifierSpec:
     # What people are shown where the names are codes, as WordNet ids are; publishing fills it in.
     class_descriptions: tuple[str, ...] | None = None
     frame: str = "simplex_etf"
+    learn_scale: bool = False
 
     def __post_init__(self):
         for field in ("input_shape", "mean", "std", "class_names", "class_descriptions"):
@@ -41,9 +46,9 @@ class ClassifierSpec:
         get_backbone(self.backbone)
         if self.head is not None and self.head not in HEADS:
             raise unknown("head", self.head, HEADS)
-        own = (self.feature_norm, self.scale, self.frame)
-        if self.head != "etf" and own != ("none", 1.0, "simplex_etf"):
-            raise EtfzooError("feature_norm, scale and frame belong to the etf head")
+        own = {name: getattr(self, name) for name in ETF_FIELDS}
+        if self.head != "etf" and own != ETF_FIELDS | {"scale": 1.0}:
+            raise EtfzooError(f"{', '.join(ETF_FIELDS)} belong to the etf head")
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
         if self.feature_norm not in FEATURE_NORMS:

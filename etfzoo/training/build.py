@@ -14,6 +14,7 @@ from etfzoo.errors import EtfzooError
 from etfzoo.measure import classes
 from etfzoo.models import initialization, weights
 from etfzoo.models.classifier import ImageClassifier, build_classifier, replace_head
+from etfzoo.models.spec import ETF_FIELDS
 from etfzoo.runtime import backend
 from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
@@ -56,9 +57,7 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
     if config.norm == "sw":
         backend.use_full_float32()
     common: dict = {
-        "feature_norm": config.feature_norm,
-        "frame": config.frame,
-        "scale": config.scale,
+        **{name: getattr(config, name) for name in ETF_FIELDS},
         "seed": config.seed,
         "input_shape": (size, size, 3),
         "crop": config.crop,

@@ -115,6 +115,7 @@ class TrainConfig:
         low=1e-6,
         high=10**6,
     )
+    learn_scale: bool = setting("Model", False, "train the factor on the ETF's logits too")
     initializer: str = setting(
         "Model",
         "glorot_uniform",

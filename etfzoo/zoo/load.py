@@ -7,6 +7,7 @@ import keras
 from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ImageClassifier
+from etfzoo.models.spec import ETF_FIELDS
 from etfzoo.progress import notify
 from etfzoo.zoo import index, publish, verify
 from etfzoo.zoo.handles import fetched, find, has_address
@@ -109,7 +110,7 @@ def _changed(spec, source, num_classes, head, input_shape, dtype):
     if head is not None and num_classes is None and spec.num_classes is None:
         raise EtfzooError(f"{source} has no head: head={head!r} needs num_classes")
     if fresh:  # as in replace_head, nothing of the old head is taken over ...
-        changes |= {"head": head, "feature_norm": "none", "scale": None, "frame": "simplex_etf"}
+        changes |= {"head": head} | ETF_FIELDS
         if head is None or num_classes is not None:  # ... but for the classes, if they stay
             changes |= {"num_classes": num_classes}
             changes |= {"class_names": None, "class_descriptions": None}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from etfzoo.layers import ETFClassifier, frames
+from etfzoo.models import backbones
 from testing import fresh_python
 
 K, P, N = 7, 12, 9
@@ -245,6 +246,31 @@ def test_other_frames(name, tmp_path):
     h = features().astype(np.float32)
     np.testing.assert_array_equal(again(h), model(h))
     assert again.layers[-1].frame == name and not again.trainable_variables
+
+
+@pytest.mark.parametrize("feature_norm", NORMS)
+def test_the_scale_can_be_trained(feature_norm, tmp_path):
+    inputs = keras.Input((P,))
+    layer = ETFClassifier(K, 12.0, feature_norm, seed=3, learn_scale=True)
+    model = keras.Model(inputs, layer(inputs))
+    h = features().astype(np.float32)
+    fixed = ETFClassifier(K, 12.0, feature_norm, seed=3)
+    start = keras.ops.convert_to_numpy(fixed(h))
+    np.testing.assert_allclose(model(h), start, rtol=1e-6, atol=1e-6)
+    norms = {"gamma", "beta"} if feature_norm.startswith("bn") else set()
+    assert {v.name for v in model.trainable_variables} == {"log_scale"} | norms
+    # Of the mean square, (e^s z)^2, the derivative by s is twice itself.
+    model.compile(keras.optimizers.SGD(1e-3), "mse", run_eagerly=True)
+    trained = keras.ops.convert_to_numpy(fixed(h, training=True))
+    model.fit(h, np.zeros((N, K)), batch_size=N, verbose=0)
+    wanted = np.log(12) - 1e-3 * 2 * np.mean(trained**2)
+    np.testing.assert_allclose(layer.log_scale, wanted, rtol=1e-5)
+    np.testing.assert_allclose(layer.logit_scale, np.exp(wanted), rtol=1e-5)
+    logits = keras.ops.convert_to_numpy(model(h))
+    assert not np.allclose(logits, start, rtol=1e-3)
+    np.testing.assert_allclose(backbones.stock(model)(h), logits, rtol=1e-5, atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")(h), logits)
 
 
 def test_a_frame_for_more_classes_than_dimensions(monkeypatch, tmp_path):

@@ -194,15 +194,29 @@ def test_a_cache_that_cannot_be_written(photos, model, tmp_path):
         features.in_temporary_file([], tmp_path / "file")
 
 
-@pytest.mark.parametrize("head, norm", [("linear", "none"), ("etf", "none"), ("etf", "bn"),
-                                        ("etf", "l2"), ("etf", "bn_l2")])  # fmt: skip
+@pytest.mark.parametrize(
+    "head, norm",
+    [
+        ("linear", "none"),
+        ("etf", "none"),
+        ("etf", "bn"),
+        ("etf", "l2"),
+        ("etf", "bn_l2"),
+        ("etf", "scale"),
+    ],
+)
 def test_linear_head_chooses_as_the_head(head, norm):
     changes = {} if head == "linear" else {"feature_norm": norm}
+    if norm == "scale":
+        changes = {"feature_norm": "none", "learn_scale": True}
     model = make_classifier(head, **changes)
     weights, bias = features.linear_head(model)
     pooled = np.random.default_rng(0).gamma(1, 1, (300, weights.shape[1])).astype(np.float32)
     logits = np.asarray(model.get_layer("logits")(pooled))
-    np.testing.assert_array_equal((pooled @ weights.T + bias).argmax(1), logits.argmax(1))
+    found = pooled @ weights.T + bias
+    np.testing.assert_array_equal(found.argmax(1), logits.argmax(1))
+    if not norm.endswith("l2"):
+        np.testing.assert_allclose(found, logits, rtol=1e-3, atol=1e-4)
     assert len(set(logits.argmax(1))) > 1
     with pytest.raises(EtfzooError, match="no head"):
         features.linear_head(make_classifier(None))

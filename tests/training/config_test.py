@@ -25,7 +25,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OTHER = {
     "dataset": "folder:photos", "data_dir": "/data", "train_split": "fit", "eval_split": "select",
     "backbone": "rn34", "head": "linear", "norm": "sw", "feature_norm": "l2", "scale": 3.5,
-    "frame": "orthogonal",
+    "frame": "orthogonal", "learn_scale": True,
     "initializer": "he_fan_out", "zero_gamma": True, "mean": (1.0, 2.0, 3.0),
     "std": (4.0, 5.0, 6.0), "image_size": 48, "image_size_schedule": ((16, 2), (24, 1)),
     "crop": 0.7, "augment": "shift", "min_area": 0.31, "antialias": False, "flip": False,
@@ -192,7 +192,8 @@ def test_the_arguments_of_a_job_give_its_config(init):
     known = {"learning_rate": config.learning_rate}  # a flag that takes several
     known |= {"weight_decay": config.weight_decay} if init else {}
     if init:
-        model = ("init", "backbone", "norm", "mean", "std", "feature_norm", "frame", "scale")
+        model = ("init", "backbone", "norm", "mean", "std", "feature_norm", "frame", "scale",
+                 "learn_scale")  # fmt: skip
         known |= {name: getattr(config, name) for name in model}
     given = [text for text in given if text.partition("=")[0][2:] not in ("model", *known)]
     found = from_flags(job.command, given, **known)

@@ -47,6 +47,7 @@ ARRIVES = {
     "feature_norm": {"build_classifier": "feature_norm"},
     "frame": {"build_classifier": "frame"},
     "scale": {"build_classifier": "scale"},
+    "learn_scale": {"build_classifier": "learn_scale"},
     "mean": {"build_classifier": "mean"},
     "std": {"build_classifier": "std"},
     "initializer": {"initialize": "initializer"},
@@ -199,7 +200,7 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
     assert given["model"] == "model rn34_sw.mine"
     assert (given["num_classes"], given["head"]) == (5, "linear")
     assert given["changes"] == {
-        "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "seed": 3,
+        "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "learn_scale": True, "seed": 3,
         "input_shape": (48, 48, 3), "crop": 0.7,
         "class_names": tuple("abcde"), "dtype": "mixed_float16",
     }  # fmt: skip

@@ -246,6 +246,17 @@ def rounded(model):
     }
 
 
+def test_a_learned_scale_is_published_and_belongs_to_its_head(tmp_path):
+    model = make("etf", feature_norm="l2", learn_scale=True)
+    loaded = etfzoo.load(etfzoo.publish(model, tmp_path / "m"))
+    assert loaded.spec == model.spec and loaded.spec.learn_scale
+    scale = loaded.get_layer("logits").log_scale
+    np.testing.assert_array_equal(scale, model.get_layer("logits").log_scale)
+    assert scale.path in {v.path for v in loaded.trainable_variables}
+    np.testing.assert_array_equal(loaded(pixels()), model(pixels()))
+    assert not etfzoo.replace_head(loaded, 4, "etf").spec.learn_scale
+
+
 @pytest.mark.parametrize("head, norm", [("etf", "bn"), ("linear", "sw")])
 def test_float16_storage(tmp_path, head, norm):
     model = make(head, norm=norm)

@@ -1,10 +1,12 @@
-"""Evaluates a model: top-1, top-5, mean per-class accuracy, accuracy by class, confusion matrix.
+"""Evaluates a model: top-1, top-5, mean per-class accuracy, accuracy by class, confusion matrix,
+and whether it is as certain as it is right.
 
   python recipes/evaluate.py --model=runs/my_run --dataset=oxford_flowers102
   python recipes/evaluate.py --model=rn50_etf --dataset=folder:photos --split=test --output=report
 
-Writes metrics.json, per_class.csv and confusion.png, by default into a folder below runs/evaluate
-that names the model, its version, the data set and the split. Takes seconds to minutes.
+Writes metrics.json, per_class.csv, confusion.png and reliability.png, by default into a folder
+below runs/evaluate that names the model, its version, the data set and the split. Takes seconds
+to minutes.
 """
 
 from etfzoo.cli import app, configs, flags
@@ -15,7 +17,7 @@ def main():
     import etfzoo
     from etfzoo import files
     from etfzoo.experiments import plots
-    from etfzoo.measure import accuracy
+    from etfzoo.measure import accuracy, calibration
     from etfzoo.runtime.interruption import exit_if_worker_lost
     from etfzoo.runtime.strategy import chief_first, is_chief, wait_for_all
 
@@ -33,6 +35,9 @@ def main():
     if not is_chief(strategy):
         return
     metrics = accuracy.summary(predictions, source.num_classes)
+    right = predictions.labels == predictions.predicted
+    reliability = calibration.reliability(predictions.confidence, right)
+    metrics["ece"] = reliability.error
     low, high = accuracy.binomial_interval(metrics["top1"], metrics["examples"])
     output = files.make_directory(
         FLAGS.output or configs.report_place("evaluate", FLAGS.model, FLAGS.dataset, FLAGS.split)
@@ -43,11 +48,15 @@ def main():
         accuracy.confusion_matrix(predictions, source.num_classes),
         source.class_names,
     )
+    plots.reliability_png(output / "reliability.png", reliability)
     print(
         f"top-1 {100 * metrics['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})  "
         f"top-5 {100 * metrics['top5']:.2f} %  mean per-class "
         f"{100 * metrics['mean_per_class']:.2f} %  on {metrics['examples']} images\n"
-        f"written to {output}: metrics.json, per_class.csv, confusion.png"
+        f"negative log-likelihood {metrics['loss']:.4f}  calibration error (ECE) "
+        f"{100 * metrics['ece']:.2f} %: {100 * predictions.confidence.mean(dtype=float):.2f} % "
+        f"certain on average\n"
+        f"written to {output}: metrics.json, per_class.csv, confusion.png, reliability.png"
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from etfzoo import files
 from etfzoo.errors import extra
+from etfzoo.measure.calibration import Reliability
 
 with extra("train"):
     from matplotlib.figure import Figure
@@ -36,6 +37,24 @@ def confusion_png(path, counts: np.ndarray, class_names) -> None:
     axes.set_ylabel("true class")
     axes.set_title(f"share of each true class, {counts.sum():,} images")
     figure.colorbar(image, ax=axes, shrink=0.7)
+    save_png(figure, Path(path))
+
+
+def reliability_png(path, found: Reliability) -> None:
+    """Accuracy against confidence in bins, and below it how many examples lie in each bin."""
+    figure = Figure(figsize=(4.2, 5))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = found.edges[1] - found.edges[0]
+    centres = found.edges[:-1] + width / 2
+    top.bar(centres, np.nan_to_num(found.accuracy), width, edgecolor="white", label="accuracy")
+    top.plot([0, 1], [0, 1], color="black", linestyle="--", label="as certain as right")
+    top.set_ylim(0, 1)
+    top.set_ylabel("share that is right")
+    top.set_title(f"calibration error {100 * found.error:.1f} %, {found.count.sum():,} images")
+    top.legend(loc="upper left")
+    bottom.bar(centres, found.count / found.count.sum(), width, edgecolor="white")
+    bottom.set_ylabel("share of images")
+    bottom.set_xlabel("probability of the predicted class")
     save_png(figure, Path(path))
 
 

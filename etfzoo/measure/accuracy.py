@@ -18,12 +18,16 @@ from etfzoo.runtime.strategy import check_batch_size, get_strategy, is_chief
 
 
 class Predictions(NamedTuple):
-    """One row an example: its label, the predicted class, whether it is in the top 5, the loss."""
+    """One row an example: its label, the predicted class, whether it is in the top 5, the loss.
+
+    `confidence` is the probability of the predicted class; None where only classes are known.
+    """
 
     labels: np.ndarray
     predicted: np.ndarray
     in_top5: np.ndarray
     loss: np.ndarray
+    confidence: np.ndarray | None = None
 
 
 def predict(step, batches, progress: Progress | None = None) -> Predictions:

@@ -31,6 +31,11 @@ def label_classes(labels):
     return ops.argmax(labels, axis=-1) if len(labels.shape) == 2 else labels
 
 
+def confidence(logits):
+    """Probability of the most likely class, `[B]`, of logits `[B, K]`."""
+    return ops.max(ops.softmax(logits, axis=-1), axis=-1)
+
+
 def decayed(variable: keras.Variable, everything: bool = False) -> bool:
     """Whether L2 applies: to kernels only, or to everything that is trained.
 

@@ -166,16 +166,17 @@ def device_cache(pipeline, strategy):
 
 
 def evaluation_step(model, label_smoothing=0.0, strategy=None):
-    """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
+    """`(images, labels) -> (labels, predicted, in_top5, loss, confidence)`, in inference mode.
 
     Each is an array over the examples of the global batch. `in_top5` tells whether the label is
-    among the five highest logits (all, where K < 5).
+    among the five highest logits (all, where K < 5), `confidence` is the probability of the
+    predicted class.
     """
 
     def outcome(logits, labels):
         top5 = ops.in_top_k(labels, ops.cast(logits, "float32"), k=min(5, logits.shape[-1]))
         loss = losses.cross_entropy(labels, logits, label_smoothing)
-        return labels, ops.argmax(logits, axis=-1), top5, loss
+        return labels, ops.argmax(logits, axis=-1), top5, loss, losses.confidence(logits)
 
     return _inference(model, strategy, outcome)
 

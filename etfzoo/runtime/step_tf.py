@@ -139,10 +139,11 @@ def device_cache(pipeline, strategy):
 
 
 def evaluation_step(model, label_smoothing=0.0, strategy=None):
-    """A function `(images, labels) -> (labels, predicted, in_top5, loss)`, in inference mode.
+    """`(images, labels) -> (labels, predicted, in_top5, loss, confidence)`, in inference mode.
 
     Each is a tensor over the examples of the global batch. `in_top5` tells whether the label is
-    among the five highest logits (all, where K < 5).
+    among the five highest logits (all, where K < 5), `confidence` is the probability of the
+    predicted class.
     """
     strategy = strategy or tf.distribute.get_strategy()
 
@@ -150,7 +151,7 @@ def evaluation_step(model, label_smoothing=0.0, strategy=None):
         logits = model(images, training=False)
         top5 = tf.math.in_top_k(labels, tf.cast(logits, tf.float32), k=min(5, logits.shape[-1]))
         loss = losses.cross_entropy(labels, logits, label_smoothing)
-        return labels, ops.argmax(logits, axis=-1), top5, loss
+        return labels, ops.argmax(logits, axis=-1), top5, loss, losses.confidence(logits)
 
     if strategy.num_replicas_in_sync == 1:
         return tf.function(replica, reduce_retracing=True)
@@ -165,8 +166,8 @@ def evaluation_step(model, label_smoothing=0.0, strategy=None):
 
     def step(images, labels):
         table = strategy.gather(run(images, labels), axis=0)
-        labels, predicted, top5, loss = tf.unstack(table, axis=1)
-        return tf.cast(labels, tf.int32), tf.cast(predicted, tf.int32), top5 > 0, loss
+        labels, predicted, top5, *numbers = tf.unstack(table, axis=1)
+        return tf.cast(labels, tf.int32), tf.cast(predicted, tf.int32), top5 > 0, *numbers
 
     return step
 

@@ -137,7 +137,8 @@ def test_finetune_probe_evaluate_publish_load(small_network, pretrained, embedde
         assert metrics["top1"] == pytest.approx(result["top1"], abs=1e-9)
         assert metrics["examples"] == 500
         assert (report / "per_class.csv").read_text().count("\n") == 11
-        assert Image.open(report / "confusion.png").size[0] > 300
+        for picture in ("confusion.png", "reliability.png"):
+            assert Image.open(report / picture).size[0] > 300
     err = run_recipe("evaluate", f"--model={tuned}", "--dataset=shapes/source",
                   f"--data_dir={embedded_dir}", code=2, cwd=tmp_path)  # fmt: skip
     assert "has 10 classes" in err

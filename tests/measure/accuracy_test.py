@@ -107,6 +107,7 @@ def test_predict_against_sklearn(classes):
     shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     wanted = sklearn_metrics.log_loss(labels, shares, labels=range(classes))
     np.testing.assert_allclose(accuracy.summary(out, classes)["loss"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(out.confidence, shares.max(1), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

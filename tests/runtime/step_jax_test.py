@@ -146,7 +146,7 @@ t.check_norms(
 )
 
 x, y = tf.random.stateless_normal((7, 6), (0, 1), dtype=tf.float64), tf.range(7) - 1
-labels, predicted, top5, loss = evaluation_step(model)(x, y % 4)
+labels, predicted, top5, loss, _ = evaluation_step(model)(x, y % 4)
 assert labels.shape == loss.shape == predicted.shape == (7,) and np.all(top5)
 """
 

@@ -102,7 +102,8 @@ def check_norms(make_stepper, feed, evaluation_step):
     mean, variance = 0.1 * x.mean(0), 0.9 + 0.1 * x.var(0)
     np.testing.assert_allclose(norm.moving_mean, mean, rtol=1e-5)
     np.testing.assert_allclose(norm.moving_variance, variance, rtol=1e-5)
-    *_, found = evaluation_step(model)(tf.constant(x), tf.constant(y, tf.int32))
+    *_, found, certain = evaluation_step(model)(tf.constant(x), tf.constant(y, tf.int32))
+    assert np.all((np.asarray(certain) > 1 / 3) & (np.asarray(certain) < 1))
     np.testing.assert_allclose(found, losses(mean, variance), rtol=1e-5)
     np.testing.assert_allclose(norm.moving_mean, mean, rtol=1e-5)
 
@@ -218,7 +219,7 @@ def test_a_step_on_targets_equals_numpy():
 
 
 def test_evaluation_step_top5_of_few_classes_is_always_right():
-    labels, predicted, top5, loss = evaluation_step(_model())(
+    labels, predicted, top5, loss, _ = evaluation_step(_model())(
         tf.random.stateless_normal((7, 6), (0, 1), dtype=tf.float64), tf.zeros(7, tf.int32)
     )
     assert labels.shape == loss.shape == predicted.shape == (7,) and np.all(top5)

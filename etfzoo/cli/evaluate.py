@@ -3,6 +3,10 @@ and whether it is as certain as it is right.
 
   python recipes/evaluate.py --model=runs/my_run --dataset=oxford_flowers102
   python recipes/evaluate.py --model=rn50_etf --dataset=folder:photos --split=test --output=report
+  python recipes/evaluate.py --model=runs/my_run --dataset=oxford_flowers102 --ood_dataset=digits
+
+With --ood_dataset also whether it can tell images of that data set from those of its own, by four
+scores: the largest probability, the energy, NECO and NCI. That reads the training split too.
 
 Writes metrics.json, per_class.csv, confusion.png and reliability.png, by default into a folder
 below runs/evaluate that names the model, its version, the data set and the split. Takes seconds
@@ -17,7 +21,7 @@ def main():
     import etfzoo
     from etfzoo import files
     from etfzoo.experiments import plots
-    from etfzoo.measure import accuracy, calibration
+    from etfzoo.measure import accuracy, calibration, ood
     from etfzoo.runtime.interruption import exit_if_worker_lost
     from etfzoo.runtime.strategy import chief_first, is_chief, wait_for_all
 
@@ -32,12 +36,16 @@ def main():
             model, source, FLAGS.split, FLAGS.batch_size, strategy, FLAGS.ignore_class_names
         )
         wait_for_all(strategy)
+    foreign = configs.open_source(FLAGS.ood_dataset) if FLAGS.ood_dataset else None
     if not is_chief(strategy):
         return
     metrics = accuracy.summary(predictions, source.num_classes)
     right = predictions.labels == predictions.predicted
     reliability = calibration.reliability(predictions.confidence, right)
     metrics["ece"] = reliability.error
+    if foreign is not None:
+        found = ood.evaluate(model, source, foreign, FLAGS.batch_size)
+        metrics["ood"] = {"dataset": FLAGS.ood_dataset} | found
     low, high = accuracy.binomial_interval(metrics["top1"], metrics["examples"])
     output = files.make_directory(
         FLAGS.output or configs.report_place("evaluate", FLAGS.model, FLAGS.dataset, FLAGS.split)
@@ -55,9 +63,15 @@ def main():
         f"{100 * metrics['mean_per_class']:.2f} %  on {metrics['examples']} images\n"
         f"negative log-likelihood {metrics['loss']:.4f}  calibration error (ECE) "
         f"{100 * metrics['ece']:.2f} %: {100 * predictions.confidence.mean(dtype=float):.2f} % "
-        f"certain on average\n"
-        f"written to {output}: metrics.json, per_class.csv, confusion.png, reliability.png"
+        f"certain on average"
     )
+    for name, row in metrics.get("ood", {}).items():
+        if name != "dataset":
+            print(
+                f"{FLAGS.ood_dataset} by {name}: AUROC {100 * row['auroc']:.2f} %, "
+                f"{100 * row['fpr95']:.2f} % pass where 95 % of its own images do"
+            )
+    print(f"written to {output}: metrics.json, per_class.csv, confusion.png, reliability.png")
 
 
 def run():
@@ -71,6 +85,7 @@ def run():
         "test",
         "a split, or a role: train, fit, select or test; several as train+test; all",
     )
+    flags.string("Data", "ood_dataset", None, "a data set of other things, to be told apart")
     flags.batch_flag(128)
     flags.strategy_flags()
     flags.path("Files", "output", None, "directory of the report (default: below runs/evaluate)")

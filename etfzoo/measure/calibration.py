@@ -14,13 +14,13 @@ class Reliability(NamedTuple):
 
     Attributes:
         edges: of the bins, `[bins + 1]`; a bin is open at its left and closed at its right.
-        count: examples.
+        examples: how many.
         confidence: mean confidence; NaN without examples.
         accuracy: share that is right; NaN without examples.
     """
 
     edges: np.ndarray
-    count: np.ndarray
+    examples: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
 
@@ -28,7 +28,7 @@ class Reliability(NamedTuple):
     def error(self) -> float:
         """Expected calibration error: `|accuracy - confidence|`, averaged over all examples."""
         gaps = np.abs(self.accuracy - self.confidence)
-        return float(np.nansum(self.count * gaps) / self.count.sum())
+        return float(np.nansum(self.examples * gaps) / self.examples.sum())
 
 
 def reliability(confidence, right, bins: int = BINS) -> Reliability:

@@ -16,18 +16,18 @@ def test_against_sklearn(bins, seed):
     right = rng.random(3000) < certain**1.7  # too certain
     found = calibration.reliability(certain.astype(np.float32), right, bins)
     accuracy, confidence = calibration_curve(right, certain, n_bins=bins)
-    full = found.count > 0
-    np.testing.assert_array_equal(found.count, np.histogram(certain, bins, (0, 1))[0])
+    full = found.examples > 0
+    np.testing.assert_array_equal(found.examples, np.histogram(certain, bins, (0, 1))[0])
     np.testing.assert_allclose(found.accuracy[full], accuracy, rtol=1e-12)
     np.testing.assert_allclose(found.confidence[full], confidence, rtol=1e-6)
-    wanted = np.sum(found.count[full] * np.abs(accuracy - confidence)) / 3000
+    wanted = np.sum(found.examples[full] * np.abs(accuracy - confidence)) / 3000
     np.testing.assert_allclose(found.error, wanted, rtol=1e-6)
     assert 0.05 < found.error < 0.2 and np.isnan(found.accuracy[~full]).all()
 
 
 def test_edges_belong_to_the_bin_on_their_left():
     found = calibration.reliability([0.0, 0.25, 0.5, 0.50001, 1.0], [0, 1, 1, 0, 1], bins=4)
-    np.testing.assert_array_equal(found.count, [2, 1, 1, 1])
+    np.testing.assert_array_equal(found.examples, [2, 1, 1, 1])
     np.testing.assert_allclose(found.confidence, [0.125, 0.5, 0.50001, 1.0])
     np.testing.assert_allclose(found.accuracy, [0.5, 1.0, 0.0, 1.0])
     np.testing.assert_allclose(found.error, (2 * 0.375 + 0.5 + 0.50001) / 5)

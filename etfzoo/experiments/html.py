@@ -22,7 +22,8 @@ figure { margin: 1rem 0 }
 figcaption { font-weight: 600; margin-bottom: 0.3rem }
 .scroll { overflow-x: auto }
 .gallery { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
-table { border-collapse: collapse; font-size: 0.9rem }
+/* Collapsed borders would not stick with the first column. */
+table { border-collapse: separate; border-spacing: 0; font-size: 0.9rem }
 th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid #8886; text-align: left }
 th, td { vertical-align: top; white-space: nowrap }
 th:first-child, td:first-child {

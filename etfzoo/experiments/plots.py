@@ -111,10 +111,11 @@ def strip(title: str, pictures, size: float = 1.1) -> Figure:
     Args:
         title: above them.
         pictures: pairs of an image `[H, W, 3]`, uint8, and its text.
-        size: of an image, in inches.
+        size: width of an image, in inches.
     """
     lines = max(text.count("\n") + 1 for _, text in pictures)
-    height = size + 0.17 * lines + (0.35 if title else 0.1)
+    height = size * max(image.shape[0] / image.shape[1] for image, _ in pictures)
+    height += 0.17 * lines + (0.35 if title else 0.1)
     figure = Figure(figsize=((size + 0.05) * len(pictures), height), layout="constrained")
     for axes, (image, text) in zip(
         figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True

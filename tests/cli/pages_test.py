@@ -119,6 +119,7 @@ NOT_RUN = {
     "python recipes/evaluate.py --model=rn18_etf.tiny100_64_flowers102 *": DOWNLOAD,
     "python recipes/finetune.py --model=runs/tiny_*": HOURS,
     "python recipes/finetune.py --model=rn18_etf --dataset=oxford_flowers102 *": HOURS,
+    "python recipes/finetune.py --model=rn18_linear --dataset=oxford_flowers102 *": HOURS,
     "python recipes/table1.py --source=tiny_imagenet *": HOURS,
     "python recipes/figure2.py --model=runs/t1_*": HOURS,
     "python recipes/figure3.py --models=runs/t1_*": HOURS,

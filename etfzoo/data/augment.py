@@ -152,8 +152,9 @@ def training_image(
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    region, window, antialias, shift, flip = draw(
-        image_size(encoded), key, height, width, augmentation, crop
+    numbers = random_numbers(key, augmentation)
+    region, window, antialias, shift, flip = draws(
+        image_size(encoded), numbers, height, width, augmentation, crop
     )
     pixels = decode_region(encoded, region, fast=True)
     if augmentation.crop == "resized_crop":
@@ -175,28 +176,10 @@ def training_image(
     return image
 
 
-def draw(
-    shape: tf.Tensor,
-    key: tf.Tensor,
-    height: int,
-    width: int,
-    augmentation: Augmentation,
-    crop: float,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """What is drawn for a training image, but for RandAugment: `draws` from `random_numbers`.
-
-    Args:
-        shape: of the image, int32 `[H, W]`.
-        key, height, width, augmentation, crop: see `training_image`.
-
-    Returns:
-        see `draws`.
-    """
-    return draws(shape, random_numbers(key, augmentation), height, width, augmentation, crop)
-
-
 def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tensor, tf.Tensor]:
     """The random numbers of one image, of which `draws` makes windows and flips.
+
+    They are apart because each image has its own key, and the rest can be done for a whole batch.
 
     Args:
         key: int `[2]`, stateless seed.
@@ -227,7 +210,7 @@ def draws(
     augmentation: Augmentation,
     crop: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """What is drawn for one image or for a batch of them, whose axes come first.
+    """What is drawn for training images, but for RandAugment; the axes of a batch come first.
 
     Args:
         shape: of the image, int32 `[..., H, W]`.

@@ -429,8 +429,9 @@ def test_pixels_of_a_resized_crop(suffix, antialias):
     image = decoding.decode(encoded, fast=True).numpy()
     kinds = set()
     for n, shown in enumerate(trainer(target, augmentation)(encoded, 60)):
-        region, window, filtered, _, flip = augment.draw(
-            tf.constant(image.shape[:2]), tf.constant([0, n]), target, target, augmentation, CROP
+        numbers = augment.random_numbers(tf.constant([0, n]), augmentation)
+        region, window, filtered, _, flip = augment.draws(
+            tf.constant(image.shape[:2]), numbers, target, target, augmentation, CROP
         )
         np.testing.assert_array_equal(region, window)
         top, left, height, width = region.numpy()

@@ -37,7 +37,8 @@ class Workers:
         self.data.mkdir(exist_ok=True)
         with socket.create_server(("", 0)) as one, socket.create_server(("", 0)) as other:
             self.addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in (one, other)]
-        self.processes, self.outputs = [None, None], [None, None]
+        self.processes: dict[int, Popen] = {}
+        self.outputs: dict[int, Path] = {}
         for index in range(2):
             self.start(index)
 
@@ -60,10 +61,10 @@ class Workers:
             time.sleep(0.02)
 
     def codes(self):
-        return [process.poll() for process in self.processes]
+        return [self.processes[index].poll() for index in range(2)]
 
     def end(self):
-        for process in (p for p in self.processes if p.poll() is None):
+        for process in (p for p in self.processes.values() if p.poll() is None):
             process.send_signal(SIGABRT)  # on which it shows where it was
             time.sleep(3)
             process.kill()
@@ -174,7 +175,7 @@ def main():
         duration = reference.wait(PATIENCE)
         reference.end()
         if any(reference.codes()):
-            sys.exit("\n".join(path.read_text() for path in reference.outputs))
+            sys.exit("\n".join(path.read_text() for path in reference.outputs.values()))
         log(f"without faults: {duration:.1f} s")
         results = []
         for number in range(args.start_round, args.start_round + args.rounds):

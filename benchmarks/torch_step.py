@@ -63,7 +63,7 @@ def torch_resnet50(torch):
             nn.BatchNorm2d(outputs),
         )
 
-    class Block(nn.Module):
+    class Block(nn.Module):  # type: ignore[name-defined]
         def __init__(self, inputs, width, stride):
             super().__init__()
             self.first = unit(inputs, width, 1, stride)

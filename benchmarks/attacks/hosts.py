@@ -102,7 +102,7 @@ def metadata(root):
     from etfzoo.zoo import manifest, publish
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         quick(stack)
         os.environ["ETFZOO_TIMEOUT"] = "5"
         version, other = _models(root)
@@ -215,7 +215,7 @@ def caches(root):
     from etfzoo.zoo import cache
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         quick(stack)
         features, check = _cached_features(root / "features")
         site = make_version(root / "site/rn18_etf.x/1")
@@ -263,7 +263,7 @@ def links(root):
     from etfzoo.zoo import cache
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         quick(stack)
         features, check = _cached_features(root / "features")
         site = make_version(root / "site/rn18_etf.x/1")

@@ -124,7 +124,7 @@ def images(root):
     from etfzoo.data.pipeline import evaluation_pipeline
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         model, folder = _model(root)
         serve = tf.saved_model.load(folder).signatures["serving_bytes"]
         photos = testing.make_image_folder(root / "photos", dict.fromkeys(testing.CLASS_NAMES, 4))
@@ -307,7 +307,11 @@ def data_sets(root):
                 raise core.Silent(f"it has run code: {foreign}")
         if "splits" in how and "name" in how:
             return "roles of the splits that are left"
-        for split, (pixels, classes) in truth.items():
+        expected = truth
+        if kind == 6 and len({name, other} - set(documents)) == 2:
+            # No document tells the files of two splits of one size apart.
+            expected = dict(zip(truth, reversed(truth.values()), strict=True))
+        for split, (pixels, classes) in expected.items():
             if not np.array_equal(pixels, found[split][0]) or not np.array_equal(
                 classes, found[split][1]
             ):
@@ -341,7 +345,7 @@ def serving(root):
     from c_api import Loader
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         model, folder = _model(root)
         loader = stack.enter_context(Loader(folder))
         assert "tensorflow" not in loader.modules

@@ -43,7 +43,7 @@ def run(cases, log):
 def _shallow():
     import testing
 
-    return testing.shallow_rn18()
+    return testing.small_rn18()
 
 
 def _killed(base):

@@ -102,7 +102,7 @@ def kills(root):
     import testing
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         os.chdir(root)
         data, run, zoo = root / "data", root / "run", root / "zoo"
         core.ended(lambda: worlds.data(data))
@@ -234,7 +234,7 @@ def workdirs(root):
     from etfzoo.models import checkpoint
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         data = worlds.data(root / "data")
         run, other = root / "run", root / "other"
         train(run, data)()
@@ -285,7 +285,7 @@ def concurrency(root):
     import testing
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         os.chdir(root)
         data, run, zoo = root / "data", root / "run", root / "zoo"
         core.ended(lambda: worlds.data(data))
@@ -400,7 +400,7 @@ def disks(root):
     from etfzoo.zoo import cache
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         hosts.quick(stack)
         os.chdir(root)
         data, run = root / "data", root / "run"

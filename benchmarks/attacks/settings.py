@@ -162,7 +162,7 @@ def flags(root):
     import testing
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         world = worlds.make(root / "world")
         for patch in stopping():
             stack.enter_context(patch)
@@ -298,7 +298,7 @@ def configs(root):
     from etfzoo.training.job import Job
 
     with ExitStack() as stack:
-        stack.enter_context(testing.shallow_rn18())
+        stack.enter_context(testing.small_rn18())
         world = worlds.make(root / "world")
         for patch in stopping():
             stack.enter_context(patch)

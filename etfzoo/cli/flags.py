@@ -156,7 +156,21 @@ def numbers(group, name, default, help_text, *, low, high):
 def boolean(group, name, default, help_text):
     """Defines a flag that is switched with --name or --noname."""
     flags.DEFINE_bool(name, default, help_text)
+    FLAGS[name].parser = _TrueOrFalse(name)
     GROUPS.setdefault(group, []).append(name)
+
+
+class _TrueOrFalse(flags.BooleanParser):
+    """absl's, whose own message is a tuple."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def parse(self, argument):
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError(f"{self.name} must be true or false; got {argument!r}") from None
 
 
 def path(group, name, default, help_text):

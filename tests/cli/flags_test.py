@@ -129,6 +129,7 @@ def test_drawn_flags(command, defined):
         ("pretrain", "--workdir=~nobody-of-this-name/x", "no home folder is known for ~nobody"),
         ("pretrain", "--workdir=" + "y" * 256, "a name of more than 255 bytes"),
         ("pretrain", "--mean=1,2", "mean must be 3 values"),
+        ("pretrain", "--nesterov=8", "nesterov must be true or false; got '8'"),
         ("pretrain", "--image_size_schedule=16:2,24", "must be pairs of whole numbers"),
         ("pretrain", "--epochs=" + "9" * 5000, "epochs must be a whole number"),
     ],

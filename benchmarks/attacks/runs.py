@@ -194,10 +194,11 @@ def _spoil(rng, folder, other, text):
     if path.suffix == ".npz" and kind < 3:
         return f"{names[0]}: {_damage_npz(rng, path)}"
     if path.suffix == ".json" and kind < 4:
-        document = json.loads(path.read_bytes())
-        what = hosts.change_value(rng, document, text)
-        path.write_text(json.dumps(document))
-        return f"{names[0]}: {what}"
+        with suppress(ValueError):  # the damage before this one may have been to the same file
+            document = json.loads(path.read_bytes())
+            what = hosts.change_value(rng, document, text)
+            path.write_text(json.dumps(document))
+            return f"{names[0]}: {what}"
     if kind == 4:
         source = other / names[0]
         swapped = rng.choice(every)

@@ -163,6 +163,8 @@ def remove(folder):
 
 def run(group, seed, numbers, base, lines, shown):
     """The tries of a group, each as a line; ends this process."""
+    from tensorflow_datasets.core import constants
+
     import etfzoo
 
     code = NOT_PREPARED
@@ -173,6 +175,7 @@ def run(group, seed, numbers, base, lines, shown):
         (base / "outside" / "file").write_text("must stay " * 30)
         os.environ |= {"HOME": str(home), "TMPDIR": str(base / "inside" / "tmp")}
         tempfile.tempdir = None  # TMPDIR counts from now on
+        constants.DATA_DIR = str(home / "tensorflow_datasets")  # HOME was read on import
         os.environ |= {"MPLCONFIGDIR": str(home), "ETFZOO_HOME": str(home / "etfzoo")}
         if not shown:
             null = os.open(base / "inside" / "output", os.O_WRONLY | os.O_CREAT)

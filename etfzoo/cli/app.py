@@ -72,6 +72,8 @@ def read_flags(argv) -> list[str]:
         return FLAGS(argv)
     except absl_flags.Error as error:
         raise etfzoo.EtfzooError(f"{error}; --help lists the flags") from error
+    except UnicodeDecodeError as error:
+        raise etfzoo.EtfzooError(f"the file of --flagfile is no text in UTF-8: {error}") from error
 
 
 def _import_backend(name, extra):

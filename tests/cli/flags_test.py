@@ -142,6 +142,13 @@ def test_what_a_flag_does_not_take(command, flag, message, defined):
     assert line.startswith(f"flag {flag}: ") and message in line and "\n" not in line
 
 
+def test_a_file_of_flags_that_is_no_text(defined, tmp_path):
+    defined("pretrain")
+    (tmp_path / "flags").write_bytes(b"--momentum=\xaa\n")
+    with pytest.raises(EtfzooError, match="no text in UTF-8"):
+        app.read_flags(["command", f"--flagfile={tmp_path / 'flags'}"])
+
+
 def test_paths_are_expanded_and_models_named(defined, tmp_path):
     defined("finetune")
     parse("--workdir=~/runs", "--data_dir=~", "--model=~/m", "--feature_cache=", "--config=c.json")

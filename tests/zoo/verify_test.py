@@ -104,6 +104,15 @@ def test_what_is_right_is_published(options, storage, tmp_path):
     assert etfzoo.load(folder).spec == model.spec
 
 
+def test_what_was_rounded_to_float16_once_is_published_again(tmp_path):
+    once = etfzoo.publish(make_classifier("etf"), tmp_path / "m", storage="float16")
+    again = etfzoo.publish(etfzoo.load(once), tmp_path / "m", storage="float32")
+    first, second = (weights.as_arrays(etfzoo.load(folder).variables) for folder in (once, again))
+    assert first.keys() == second.keys()
+    for path in first:
+        np.testing.assert_array_equal(first[path], second[path])
+
+
 def test_a_weight_that_was_written_otherwise(tmp_path, monkeypatch):
     stored = saved_model._stored
 

@@ -327,6 +327,7 @@ def one_step(folder):
     return out
 
 
+@pytest.mark.slow
 def test_jax_computes_the_same(tmp_path):
     pytest.importorskip("jax")
     before = weights.as_arrays(make().variables)

@@ -136,7 +136,7 @@ def test_a_run_with_a_projector(config, tmp_path):
     assert {"nc1", "nc2_gram", "cdnv"} <= measured
     assert not {name for name in measured if name.startswith(("nc3", "nc4"))}
     model = etfzoo.load(whole)
-    assert model.spec.projector_width == 24 and result["top1"] > 0.1
+    assert model.spec.projector_layers == 2 and model.spec.projector_width == 24
     source = resolve("digits", config.data_dir)
     data = Pipeline(source, 16, 16, 1.0, 50, Augmentation("none", flip=False), 0)
     found = features.Extractor(model).load(data, "train")

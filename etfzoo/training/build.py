@@ -14,7 +14,7 @@ from etfzoo.errors import EtfzooError
 from etfzoo.measure import classes
 from etfzoo.models import initialization, weights
 from etfzoo.models.classifier import ImageClassifier, build_classifier, replace_head
-from etfzoo.models.spec import ETF_FIELDS
+from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.runtime import backend
 from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
@@ -57,7 +57,7 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
     if config.norm == "sw":
         backend.use_full_float32()
     common: dict = {
-        **{name: getattr(config, name) for name in ETF_FIELDS},
+        **{name: getattr(config, name) for name in HEAD_FIELDS},
         "seed": config.seed,
         "input_shape": (size, size, 3),
         "crop": config.crop,
@@ -92,6 +92,11 @@ def _with_its_head(start, source, config, common) -> ImageClassifier:
     order = classes.places(start.spec, source)
     if start.spec.head != config.head:
         raise EtfzooError(f"the head that is kept is {start.spec.head}, not {config.head}")
+    kept = start.spec.projector_layers
+    if config.projector_layers not in (0, kept):
+        raise EtfzooError(
+            f"the head that is kept has a projector of {kept} layers, not {config.projector_layers}"
+        )
     moved = not np.array_equal(order, np.arange(start.spec.num_classes))
     if len(order) < start.spec.num_classes or (moved and config.head == "etf"):
         raise EtfzooError(

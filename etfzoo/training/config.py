@@ -15,7 +15,17 @@ from etfzoo import files
 from etfzoo.data.augmentation import CROPS, MAX_MAGNITUDE
 from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, first_line, shown, unknown
-from etfzoo.models.table import BACKBONES, FEATURE_NORMS, FRAMES, HEADS, INITIALIZERS, NORMS
+from etfzoo.models.spec import check_projector
+from etfzoo.models.table import (
+    BACKBONES,
+    FEATURE_NORMS,
+    FRAMES,
+    HEADS,
+    INITIALIZERS,
+    NORMS,
+    PROJECTOR_LAYERS,
+    PROJECTOR_WIDTH,
+)
 from etfzoo.runtime.strategies import STRATEGIES
 from etfzoo.training.protocols import PROTOCOLS
 
@@ -116,6 +126,21 @@ class TrainConfig:
         high=10**6,
     )
     learn_scale: bool = setting("Model", False, "train the factor on the ETF's logits too")
+    projector_layers: int = setting(
+        "Model",
+        0,
+        "hidden layers of a projector between features and head, which fine-tuning leaves out; 0 "
+        "is none",
+        low=0,
+        high=PROJECTOR_LAYERS,
+    )
+    projector_width: int | None = setting(
+        "Model",
+        None,
+        "units of each of them, on which the head acts (default: as many as features)",
+        low=1,
+        high=PROJECTOR_WIDTH,
+    )
     initializer: str = setting(
         "Model",
         "glorot_uniform",
@@ -324,6 +349,7 @@ class TrainConfig:
             raise EtfzooError(
                 "keep_head goes on with the head of a pretrained model: there is none"
             )
+        check_projector(self.projector_layers, self.projector_width)
         if self.jit_compile and self.deterministic:
             raise EtfzooError(
                 "XLA's max-pooling has no deterministic gradient: with `jit_compile` add "

@@ -272,8 +272,14 @@ class Trainer:
         return accuracy.summary(predictions, self.model.spec.num_classes)
 
     def _neural_collapse(self):
-        """Collapse measures of both splits, as the network sees them at evaluation."""
+        """Collapse measures of both splits, as the network sees them at evaluation.
+
+        Of the features, so that runs with a projector and without compare. Behind one the head acts
+        on its output, and what compares head and features, nc3 and nc4, is left out.
+        """
         found, row, classes = {}, {}, self.model.spec.num_classes
+        on_features = self.model.spec.penultimate == "features"
+        head = features.linear_head(self.model) if on_features else None
         for split in dict.fromkeys((self.config.train_split, self.config.eval_split)):
             batches = self.extractor.batches(self.pipeline, split)
             if not self.chief:  # takes part in computing the features, and no more
@@ -282,9 +288,7 @@ class Trainer:
                 continue
             found[split] = features.in_temporary_file(batches, self.workdir)
             try:
-                measured = features.collapse(
-                    found[split], classes, features.linear_head(self.model)
-                )
+                measured = features.collapse(found[split], classes, head)
             except EtfzooError as error:  # no reason to end a training
                 log.warning("no collapse measures of the %s split: %s", split, error)
                 continue

@@ -59,6 +59,21 @@ def test_a_head_of_other_classes_is_not_kept(head, names, message):
         continued(make_classifier(head), names)
 
 
+@pytest.mark.parametrize("head", ["etf", "linear"])
+def test_a_projector_is_kept_with_its_head(head):
+    start = make_classifier(head, projector_layers=2, projector_width=24)
+    for model in (continued(start), continued(start, projector_layers=2, projector_width=24)):
+        assert model.spec == start.spec
+        np.testing.assert_array_equal(model(random_pixels()), start(random_pixels()))
+    with pytest.raises(EtfzooError, match="has a projector of 2 layers, not 1"):
+        continued(start, projector_layers=1)
+    fresh = continued(start, keep_head=False, head="linear")
+    assert fresh.spec.projector_layers == 0
+    assert fresh.get_layer("logits").kernel.shape == (32, len(CLASS_NAMES))
+    fresh = continued(start, keep_head=False, head="linear", projector_layers=1)
+    assert fresh.spec.projector_layers == 1 and fresh.spec.projector_width == 32
+
+
 def test_what_keeps_no_head(tmp_path):
     with pytest.raises(EtfzooError, match="the head that is kept is etf, not linear"):
         continued(make_classifier("etf"), head="linear")
@@ -67,4 +82,8 @@ def test_what_keeps_no_head(tmp_path):
     config = TrainConfig("digits", init="x", head="linear", keep_head=True)
     for mode in (transfer.linear_probe, transfer.knn):
         with pytest.raises(EtfzooError, match="makes a head of its own: leave out `keep_head`"):
+            mode(config, tmp_path / "w")
+    config = TrainConfig("digits", init="x", head="linear", projector_layers=1)
+    for mode in (transfer.linear_probe, transfer.knn):
+        with pytest.raises(EtfzooError, match="reads the features: leave out `projector_layers`"):
             mode(config, tmp_path / "w")

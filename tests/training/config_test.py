@@ -25,7 +25,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 OTHER = {
     "dataset": "folder:photos", "data_dir": "/data", "train_split": "fit", "eval_split": "select",
     "backbone": "rn34", "head": "linear", "norm": "sw", "feature_norm": "l2", "scale": 3.5,
-    "frame": "orthogonal", "learn_scale": True,
+    "frame": "orthogonal", "learn_scale": True, "projector_layers": 2, "projector_width": 96,
     "initializer": "he_fan_out", "zero_gamma": True, "mean": (1.0, 2.0, 3.0),
     "std": (4.0, 5.0, 6.0), "image_size": 48, "image_size_schedule": ((16, 2), (24, 1)),
     "crop": 0.7, "augment": "shift", "min_area": 0.31, "antialias": False, "flip": False,
@@ -76,6 +76,9 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("epochs", True, "epochs must be a whole number"),
         ("epochs", 0, "epochs must be between 1 and 1000000; got 0"),
         ("batch_size", 0, "batch_size must be between 1 and"),
+        ("projector_layers", 4, "projector_layers must be between 0 and 3; got 4"),
+        ("projector_layers", True, "projector_layers must be a whole number"),
+        ("projector_width", 64, "a projector without a hidden layer is linear, .*in disguise"),
         ("step_epochs", [-3], "step_epochs must be between 0 and 1000000; got -3"),
         ("step_epochs", [1.5], "step_epochs must be a whole number"),
         ("scale", True, "scale must be a number"),
@@ -140,7 +143,8 @@ RUNTIME = {
 @pytest.mark.parametrize("name", OTHER)
 def test_what_may_differ_when_a_run_is_resumed(name):
     config = TrainConfig(**(OTHER | {"jit_compile": None}))
-    value = {"dataset": "digits", "jit_compile": True}.get(name, FIELDS[name].default)
+    others = {"dataset": "digits", "jit_compile": True, "projector_layers": 1}
+    value = others.get(name, FIELDS[name].default)
     differences = config.differences(dataclasses.replace(config, **{name: value}))
     if name in RUNTIME:
         assert differences == []
@@ -193,7 +197,7 @@ def test_the_arguments_of_a_job_give_its_config(init):
     known |= {"weight_decay": config.weight_decay} if init else {}
     if init:
         model = ("init", "backbone", "norm", "mean", "std", "feature_norm", "frame", "scale",
-                 "learn_scale")  # fmt: skip
+                 "learn_scale", "projector_layers", "projector_width")  # fmt: skip
         known |= {name: getattr(config, name) for name in model}
     given = [text for text in given if text.partition("=")[0][2:] not in ("model", *known)]
     found = from_flags(job.command, given, **known)

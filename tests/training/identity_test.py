@@ -1,6 +1,7 @@
 """Which run a workdir belongs to: ids, hashes, locks and data."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -183,3 +184,14 @@ def test_fingerprints_of_folders(tmp_path):
     assert renamed != before and renamed["classes"] == before["classes"]
     (photos / "b").rename(photos / "c")
     assert identity._changes(before, fingerprint())[0] == 'classes was ["a", "b"], is ["a", "c"]'
+
+
+def test_a_setting_that_is_new_changes_no_hash():
+    plain = TrainConfig("digits", head="linear")
+    # By hand: of the settings that are no defaults.
+    values = json.dumps({"dataset": "digits", "head": "linear"}).encode()
+    assert identity.settings_hash(plain) == hashlib.sha256(values).hexdigest()[:32]
+    off = dataclasses.replace(plain, projector_layers=0, projector_width=None)
+    on = dataclasses.replace(plain, projector_layers=1)
+    assert identity.settings_hash(off) == identity.settings_hash(plain)
+    assert identity.settings_hash(on) != identity.settings_hash(plain)

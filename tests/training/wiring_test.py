@@ -48,6 +48,8 @@ ARRIVES = {
     "frame": {"build_classifier": "frame"},
     "scale": {"build_classifier": "scale"},
     "learn_scale": {"build_classifier": "learn_scale"},
+    "projector_layers": {"build_classifier": "projector_layers"},
+    "projector_width": {"build_classifier": "projector_width"},
     "mean": {"build_classifier": "mean"},
     "std": {"build_classifier": "std"},
     "initializer": {"initialize": "initializer"},
@@ -200,7 +202,8 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
     assert given["model"] == "model rn34_sw.mine"
     assert (given["num_classes"], given["head"]) == (5, "linear")
     assert given["changes"] == {
-        "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "learn_scale": True, "seed": 3,
+        "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "learn_scale": True,
+        "projector_layers": 2, "projector_width": 96, "seed": 3,
         "input_shape": (48, 48, 3), "crop": 0.7,
         "class_names": tuple("abcde"), "dtype": "mixed_float16",
     }  # fmt: skip

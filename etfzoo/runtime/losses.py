@@ -6,6 +6,8 @@ its classes by their shares, and so is what a class weighs. Losses have the logi
 for logits of 16 bits.
 """
 
+from collections.abc import Callable
+
 import keras
 import numpy as np
 from keras import ops
@@ -82,7 +84,7 @@ def squared_error(labels, logits, class_weights=None):
     return ops.mean(squares, axis=-1)
 
 
-LOSSES = {
+LOSSES: dict[str, Callable] = {
     "cross_entropy": cross_entropy,
     "dot_regression": dot_regression,
     "squared_error": squared_error,

@@ -9,6 +9,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 
+from etfzoo.layers import frames
 from etfzoo.models.classifier import build_classifier
 from etfzoo.runtime import losses
 
@@ -130,6 +131,14 @@ def check_losses(dtype="float32", rtol=1e-5):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_losses_equal_their_formulas(dtype):
     check_losses(dtype)  # of 16 bits, too: what is computed from them has 32
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_squared_error_of_a_simplex_etf_is_at_least_that_of_its_sum(classes):
+    rows = frames.simplex_etf(classes, 16, 0)
+    best = np.linalg.lstsq(rows, np.eye(classes), rcond=None)[0].T  # features of each class
+    found = losses.squared_error(np.arange(classes), (best @ rows.T).astype("float32"))
+    np.testing.assert_allclose(found, 1 / classes**2, rtol=1e-5)
 
 
 def test_logit_adjustment_is_the_log_of_the_share():

@@ -25,7 +25,7 @@ def cross_entropy(
         logits: `[N, K]`.
         label_smoothing: share of the target that is spread evenly over all K classes (Szegedy et
             al. 2016, section 7).
-        class_weights: array `[K]`, what an example's loss is multiplied by; None is 1.
+        class_weights: array `[K]`, what losses of each class are multiplied by; None is 1.
         adjustment: array `[K]` that is added to the logits, see `logit_adjustment`; None is 0.
 
     Returns:
@@ -54,7 +54,7 @@ def dot_regression(labels, logits, scale: float, class_weights=None):
         labels: class numbers `[N]`, or targets `[N, K]`, each example's shares of the classes.
         logits: `[N, K]`, cosines times `scale`.
         scale: factor on the logits of the head.
-        class_weights: array `[K]`, what an example's loss is multiplied by; None is 1.
+        class_weights: array `[K]`, what losses of each class are multiplied by; None is 1.
 
     Returns:
         losses `[N]` in the logits' dtype, float32 for logits of 16 bits.
@@ -73,7 +73,7 @@ def squared_error(labels, logits, class_weights=None):
     Args:
         labels: class numbers `[N]`, or targets `[N, K]`, each example's shares of the classes.
         logits: `[N, K]`, f.
-        class_weights: array `[K]`, what an example's loss is multiplied by; None is 1.
+        class_weights: array `[K]`, what losses of each class are multiplied by; None is 1.
 
     Returns:
         losses `[N]` in the logits' dtype, float32 for logits of 16 bits.

@@ -231,6 +231,29 @@ class TrainConfig:
     decay_all: bool = setting(
         "Regularisation", False, "L2 on biases, gamma, beta and the logits of sw too"
     )
+    loss: str = setting(
+        "Loss",
+        "cross_entropy",
+        "what training minimises: cross_entropy, dot_regression (of an ETF on l2 features) or "
+        "squared_error; evaluation tells the cross-entropy",
+        choices=("cross_entropy", "dot_regression", "squared_error"),
+    )
+    logit_adjustment: float = setting(
+        "Loss",
+        0.0,
+        "cross-entropy of logits + this * log(share of each class in the training split), e.g. 1; "
+        "0 is off",
+        low=0,
+        high=100,
+    )
+    class_balance: float = setting(
+        "Loss",
+        0.0,
+        "beta of the weights (1 - beta) / (1 - beta^n) of classes of n examples, e.g. 0.9999; 0 is "
+        "off",
+        low=0,
+        high=0.9999999,
+    )
     label_smoothing: float = setting(
         "Regularisation", 0.0, "share of the target spread over all classes", low=0, high=0.999999
     )
@@ -350,6 +373,11 @@ class TrainConfig:
                 "keep_head goes on with the head of a pretrained model: there is none"
             )
         check_projector(self.projector_layers, self.projector_width)
+        if self.loss != "cross_entropy" and (self.label_smoothing or self.logit_adjustment):
+            raise EtfzooError(
+                "label_smoothing and logit_adjustment belong to the cross-entropy: set them to 0 "
+                f"with `loss={self.loss}`"
+            )
         if self.jit_compile and self.deterministic:
             raise EtfzooError(
                 "XLA's max-pooling has no deterministic gradient: with `jit_compile` add "

@@ -90,6 +90,12 @@ def test_the_hash_of_settings_survives_json_and_new_settings(config):
     class Later(TrainConfig):
         brightness: float = setting("Data", 0.0, "a later setting", low=0, high=1)
 
+    old = TrainConfig("digits", backbone="rn18", epochs=2, scale=3, label_smoothing=0.1)
+    assert identity.settings_hash(old) == "ed55fe87ab3f6ab6473ae584f88710c1"  # at version 0.2.0
+    for other in ({"class_balance": 0.9}, {"logit_adjustment": 1.0}):
+        assert identity.settings_hash(dataclasses.replace(old, **other)) != (
+            identity.settings_hash(old)
+        )
     known = identity.settings_hash(config)
     later = Later(**dataclasses.asdict(config))
     assert identity.settings_hash(later) == known

@@ -241,6 +241,24 @@ def test_a_regularised_run_resumes_bit_equal(regularised, tmp_path):
     _assert_same_end(workdir, tmp_path)
 
 
+LOSSES = {
+    "balanced": {"logit_adjustment": 1.0, "class_balance": 0.99, "mixup": 0.2},
+    "dot": {"loss": "dot_regression", "feature_norm": "bn_l2", "class_balance": 0.9},
+}
+
+
+@pytest.mark.parametrize("changes", LOSSES.values(), ids=LOSSES)
+def test_a_run_with_another_loss_resumes_bit_equal(config, tmp_path, changes):
+    other = dataclasses.replace(config, **changes, epochs=1)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    result = loop.train_and_evaluate(other, whole)
+    _begin(whole, again, 2)
+    assert _go_on(other, again) == result
+    _assert_same_end(whole, again)
+    if "loss" in changes:  # of cosines: training tells half of their squared distance from 1
+        assert result["train_loss"] < 2 < result["loss"]
+
+
 def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
     workdir, config, result = regularised
     kept = [checkpoint.read(p)[0] for p in checkpoint.CheckpointManager(workdir).paths()[::-1]]
@@ -265,8 +283,9 @@ def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
 
 def test_configurations_written_before_the_regularisers_still_load(finished, config, tmp_path):
     values = json.loads((finished[0] / "config.json").read_text())
-    for name in ("mixup", "cutmix", "rand_augment", "ema"):
+    for name in ("mixup", "cutmix", "rand_augment", "ema", "logit_adjustment", "class_balance"):
         assert values.pop(name) == 0
+    assert values.pop("loss") == "cross_entropy"
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert TrainConfig.load(tmp_path / "config.json") == config
 
@@ -322,6 +341,8 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"epochs": 0}, "epochs must be between 1 and"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
+        ({"loss": "dot_regression"}, "`loss=dot_regression` compares cosines: it takes an etf"),
+        ({"loss": "squared_error", "label_smoothing": 0.1}, "belong to the cross-entropy"),
         ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),
         ({"cutmix": -1.0}, "cutmix must be between 0 and"),
         ({"rand_augment": 11}, "rand_augment must be between 0 and 10"),

@@ -11,6 +11,7 @@ rounds: they mean something on a busy machine, the other figures do not.
 """
 
 import argparse
+import functools
 import os
 import re
 import tempfile
@@ -99,7 +100,7 @@ def stepper(size, batch, soft, ema):
     import tensorflow as tf
 
     import etfzoo
-    from etfzoo.runtime import step_tf
+    from etfzoo.runtime import losses, step_tf
     from etfzoo.runtime.averaging import WeightAverage
 
     keras.utils.set_random_seed(0)
@@ -113,7 +114,8 @@ def stepper(size, batch, soft, ema):
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9, name="sgd")
     optimizer.build(model.trainable_variables)  # otherwise the second step is traced again
     average = WeightAverage(model, 0.9999, strategy) if ema else None
-    train = step_tf.Stepper(model, optimizer, strategy, 1e-4, 0.1, average=average).train
+    loss = functools.partial(losses.cross_entropy, label_smoothing=0.1)
+    train = step_tf.Stepper(model, optimizer, strategy, 1e-4, loss, average=average).train
     batches = iter(tf.data.Dataset.from_tensors((images, labels)).repeat())
     for _ in range(2):
         train(batches).numpy()

@@ -9,7 +9,7 @@ from pathlib import Path
 import etfzoo
 from etfzoo.cli.flags import FLAGS, as_flags, as_started
 from etfzoo.data.datasets import DATASETS
-from etfzoo.models.spec import ETF_FIELDS
+from etfzoo.models.spec import HEAD_FIELDS, PROJECTOR_FIELDS
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir, folder_name
@@ -90,8 +90,8 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
         known |= {"mean": spec.mean, "std": spec.std}
         if "keep_head" in FLAGS and FLAGS["keep_head"].value and spec.head:
             known["head"] = spec.head
-            if spec.head == "etf":
-                known |= {name: getattr(spec, name) for name in ETF_FIELDS}
+            fields = HEAD_FIELDS if spec.head == "etf" else PROJECTOR_FIELDS
+            known |= {name: getattr(spec, name) for name in fields}
     known |= {"learning_rate": learning_rates[0]} if learning_rates else {}
     known |= {"weight_decay": weight_decays[0]} if weight_decays else {}
     return train_config("finetune", **known)

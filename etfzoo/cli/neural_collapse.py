@@ -5,7 +5,8 @@
   python recipes/neural_collapse.py --model=runs/my_run --dataset=cifar10 --ood_dataset=svhn_cropped
 
 Prints a table and writes json. What each measure is: see etfzoo/measure/neural_collapse.py. nc3 and
-nc4 compare the classifier with the class means, and need a model of the classes of the data.
+nc4 compare the classifier with the class means, and need a model of the classes of the data. Behind
+a projector the classifier acts on its output: --tap=projected measures that and not the features.
 Splits differ in size, which nc1, nc1_ratio, cdnv and tr(C)/p depend on: of several splits the table
 has their unbiased forms, and as nc1_equal NC1 on equally many images of each class. The json has
 all.
@@ -31,13 +32,14 @@ def main():
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
     data = [FLAGS.dataset, *FLAGS.split]
     data += [f"ood_{FLAGS.ood_dataset}"] if FLAGS.ood_dataset else []
+    data += [FLAGS.tap] if FLAGS.tap != "features" else []
     output = FLAGS.output or f"{configs.report_place('neural_collapse', FLAGS.model, *data)}.json"
     files.destination(output)  # said before minutes of measuring
     strategy = configs.open_strategy(FLAGS)
     check_batch_size(FLAGS.batch_size, strategy)
     with strategy.scope():
         model = etfzoo.load(FLAGS.model)
-    extractor = features.Extractor(model, strategy)
+    extractor = features.Extractor(model, strategy, FLAGS.tap)
 
     def load(name, split):
         source = chief_first(strategy, lambda: configs.open_source(name))
@@ -66,7 +68,7 @@ def main():
     print(html.text_table(rows))
     files.make_directory(os.path.dirname(output) or ".")
     document = {"model": FLAGS.model, "dataset": FLAGS.dataset, "ood_dataset": FLAGS.ood_dataset}
-    document |= {"etfzoo": etfzoo.__version__, "splits": results}
+    document |= {"tap": FLAGS.tap, "etfzoo": etfzoo.__version__, "splits": results}
     files.write_text(output, json.dumps(document, indent=2) + "\n")
     print(f"written to {output}")
 
@@ -83,7 +85,7 @@ def _classifier(model, source):
     try:
         places = classes.places(model.spec, source, FLAGS.ignore_class_names)
         if len(places) == model.spec.num_classes:
-            return tuple(part[places] for part in features.linear_head(model))
+            return tuple(part[places] for part in features.linear_head(model, FLAGS.tap))
     except etfzoo.EtfzooError as error:
         why = flags.as_flags(str(error))
     print(f"nc3 and nc4 are left out: {why}", flush=True)
@@ -99,6 +101,10 @@ def _text(value):
 def run():
     """Defines the flags and runs the command."""
     flags.model_flag()
+    flags.string(
+        "Model", "tap", "features", "features, or projected: what a projector makes of them",
+        choices=("features", "projected"),
+    )  # fmt: skip
     flags.data_flags("imagenet2012")
     flags.class_names_flag()
     flags.strings("Data", "split", "train,test", "splits or roles (train, fit, select, test)")

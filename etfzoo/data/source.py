@@ -8,6 +8,7 @@ augmentation) and its readable name (for error messages); where the source is he
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +16,8 @@ import tensorflow as tf
 
 from etfzoo.data.datasets import Dataset
 from etfzoo.errors import EtfzooError, first_line
+
+log = logging.getLogger("etfzoo")
 
 KEYS = 2**31 - 1
 ROLES = ("train", "fit", "select", "test")
@@ -84,6 +87,22 @@ class Source:
                 is faster.
         """
         raise NotImplementedError
+
+    def class_counts(self, split: str) -> np.ndarray:
+        """Number of examples of each class in a split or role, int64 `[K]`.
+
+        No image is decoded, but one that is not held in memory is read.
+
+        Raises:
+            EtfzooError: no such split, or a file is missing or damaged.
+        """
+        log.info("counting the classes of the %s split of %s", split, self.name)
+        labels = self.records(split, images=False).map(lambda record: record["label"])
+        counts = np.zeros(self.num_classes, np.int64)
+        with naming_source(self.name):
+            for some in labels.batch(4096).as_numpy_iterator():
+                counts += np.bincount(some, minlength=self.num_classes)
+        return counts
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
         raise ValueError(
             f"no simplex ETF of {num_classes} classes exists in {dim} dimensions (it needs at "
             f"least {num_classes - 1}): take `frame=softmax_code`, a backbone with wider features, "
-            "or a trainable head"
+            "a wider non-linear projector, or a trainable head"
         )
     return _simplex(num_classes, haar_frame(dim, num_classes - 1, seed))
 
@@ -238,5 +238,6 @@ def _check_dim(what, num_classes, dim):
     if dim < num_classes:
         raise ValueError(
             f"no {what} of {num_classes} classes exists in {dim} dimensions (it needs at least "
-            f"{num_classes}): take `frame=softmax_code`, or a backbone with wider features"
+            f"{num_classes}): take `frame=softmax_code`, a backbone with wider features, or "
+            "a wider non-linear projector"
         )

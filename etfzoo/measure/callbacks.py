@@ -23,6 +23,9 @@ class NeuralCollapse(keras.callbacks.Callback):
         measures = NeuralCollapse({"train": train, "test": test}, every=5)
         model.fit(train, epochs=50, callbacks=[measures, keras.callbacks.TensorBoard("logs")])
 
+    It measures the pooled features. Behind a projector the head acts on something else, so that
+    nc3 and nc4 are left out there.
+
     Args:
         data: data sets by name. Each can be iterated over again and again and gives batches
             `(images [B, H, W, 3], labels)`, or `(images, labels, weights [B])`, as a finite
@@ -57,7 +60,9 @@ class NeuralCollapse(keras.callbacks.Callback):
         last = epoch + 1 == self.params["epochs"]
         if logs is None or not (last or (epoch + 1) % self.every == 0):
             return
-        classifier = features.linear_head(self.model)
+        classifier = None
+        if self.model.spec.penultimate == "features":
+            classifier = features.linear_head(self.model)
         for name, batches in self.data.items():
             found = features.in_temporary_file(self._features(batch, name) for batch in batches)
             measured = features.collapse(found, self.model.spec.num_classes, classifier)

@@ -13,7 +13,7 @@ import numpy as np
 
 from etfzoo import arrays, files
 from etfzoo.data.pipeline import Pipeline, evaluation_pipeline
-from etfzoo.errors import EtfzooError, first_line
+from etfzoo.errors import EtfzooError, first_line, unknown
 from etfzoo.measure.neural_collapse import NeuralCollapseStatistics
 from etfzoo.models import weights
 from etfzoo.models.classifier import is_head_variable
@@ -45,12 +45,19 @@ class Extractor:
     Args:
         model: an ImageClassifier, built under `strategy.scope()`; its head is not used.
         strategy: see `etfzoo.runtime.strategy.get_strategy`; None is one device.
+        tap: `"features"`, which stand before a projector, or `"projected"`, its output.
+
+    Raises:
+        EtfzooError: the model has no such tap.
     """
 
-    def __init__(self, model, strategy=None):
+    def __init__(self, model, strategy=None, tap: str = "features"):
+        if tap not in model.taps:
+            raise unknown("tap", tap, model.taps)
         self.model = model
         self.strategy = strategy or get_strategy("one_device")
-        backbone = keras.Model(model.input, model.taps["features"])
+        self.tap = tap
+        backbone = keras.Model(model.input, model.taps[tap])
         self._step = backend.feature_step(backbone, self.strategy)
 
     def batches(self, pipeline: Pipeline, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -89,7 +96,7 @@ class Extractor:
         """
         if cache is None or num_workers(self.strategy) > 1:
             return in_temporary_file(self.batches(pipeline, split))
-        key = content_hash(self.model, pipeline, split)
+        key = content_hash(self.model, pipeline, split, self.tap)
         cache = files.make_directory(cache)
         path, labels_path = cache / f"{key}.float32", cache / f"{key}.labels.npz"
         found = _read(path, labels_path)
@@ -146,15 +153,21 @@ def in_temporary_file(batches, directory=None) -> Features:
         raise EtfzooError(f"cannot keep features in {where}: {error.strerror or error}") from error
 
 
-def content_hash(model, pipeline: Pipeline, split: str) -> str:
-    """Hash of all that the features of a split depend on: weights, preprocessing and images."""
+def content_hash(model, pipeline: Pipeline, split: str, tap: str = "features") -> str:
+    """Hash of all that the features of a split depend on: weights, preprocessing and images.
+
+    Args:
+        model, pipeline, split: see `Extractor`.
+        tap: see `Extractor`; what stands behind the features counts for no other.
+    """
     spec = model.spec
     settings = {"format": _FORMAT, "backbone": spec.backbone, "norm": spec.norm}
     settings |= {"mean": spec.mean, "std": spec.std, "dtype": spec.dtype}
     settings |= {"preprocessing": pipeline.preprocessing, "data": pipeline.fingerprint(split)}
+    settings |= {} if tap == "features" else {"tap": tap}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, array in sorted(weights.as_arrays(model.variables).items()):
-        if not is_head_variable(path):
+        if tap != "features" or not is_head_variable(path):
             digest.update(f"{path} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:32]
@@ -254,17 +267,24 @@ def statistics(
     return collected
 
 
-def linear_head(model) -> tuple[np.ndarray, np.ndarray]:
-    """Weights `[K, p]` and biases `[K]` on pooled features, in float64, that choose as the head.
+def linear_head(model, tap: str = "features") -> tuple[np.ndarray, np.ndarray]:
+    """Weights `[K, p]` and biases `[K]`, in float64, that choose as the head.
 
     A batch norm before an ETF is folded in; a normalisation to unit length is left out, since it
     scales all logits of an example alike.
 
+    Args:
+        model: an ImageClassifier.
+        tap: what they are to act on, see `Extractor`. Behind a projector no weights on the
+            features choose as the head, as the projector is not linear.
+
     Raises:
-        EtfzooError: the model has no head.
+        EtfzooError: the model has no head, or it acts on another tap.
     """
     if model.spec.head is None:
         raise EtfzooError("the model has no head")
+    if tap != model.spec.penultimate:
+        raise EtfzooError(f"the head acts on `{model.spec.penultimate}`, not on `{tap}`")
     head = model.get_layer("logits")
     kernel = np.asarray(head.kernel, np.float64).T
     if model.spec.head == "linear":

@@ -16,7 +16,9 @@ _BATCH = 4096
 
 
 class Detector:
-    """Scores of how much an image is like those of the training, from its pooled features.
+    """Scores of how much an image is like those of the training, from the features h of its head.
+
+    These are the pooled features, or the output of the projector where there is one.
 
     Four scores, higher for what is known:
 
@@ -31,14 +33,15 @@ class Detector:
 
     Args:
         model: an ImageClassifier with a head.
-        training: features of its training images; the labels are not used.
+        training: of its training images, what the head acts on (the tap `spec.penultimate`); the
+            labels are not used.
 
     Raises:
         EtfzooError: the model has no head, or the training features do not vary.
     """
 
     def __init__(self, model, training: Features):
-        self.weights, _ = features.linear_head(model)
+        self.weights, _ = features.linear_head(model, model.spec.penultimate)
         self.head = model.get_layer("logits")
         count, total, products = 0, 0.0, 0.0
         for batch in training.batches(_BATCH):
@@ -57,7 +60,7 @@ class Detector:
         """The scores of images, float64 `[N]` by name.
 
         Args:
-            found: their features; the labels are not used.
+            found: what the head acts on of them; the labels are not used.
         """
         parts = [self._scores(batch) for batch in found.batches(_BATCH)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -117,7 +120,7 @@ def evaluate(
     Raises:
         EtfzooError: see `Detector`; or an image cannot be decoded.
     """
-    extractor = features.Extractor(model)
+    extractor = features.Extractor(model, tap=model.spec.penultimate)
 
     def load(data, split):
         pipeline = evaluation_pipeline(model.spec, data, batch_size)

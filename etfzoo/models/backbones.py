@@ -133,8 +133,9 @@ def stock(network: keras.Model) -> keras.Model:
     replacements, weights = {}, {}
     for layer in network.layers:
         kind = type(layer)
-        if kind is FusedBatchNormalization:
-            config = layer.get_config()
+        if kind in (FusedBatchNormalization, keras.layers.BatchNormalization):
+            # Over how many replicas it took its statistics is a property of the run.
+            config = layer.get_config() | {"synchronized": False}
             replacements[layer.name] = keras.layers.BatchNormalization.from_config(config)
             weights[layer.name] = layer.get_weights()
         elif kind is ETFClassifier:

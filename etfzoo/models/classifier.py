@@ -1,4 +1,4 @@
-"""The image classifier: normalisation -> KerasCV ResNet -> global average pooling -> head."""
+"""The image classifier: normalisation -> KerasCV ResNet -> pooling -> (projector ->) head."""
 
 import contextlib
 import dataclasses
@@ -7,8 +7,8 @@ import keras
 
 from etfzoo.errors import unknown
 from etfzoo.layers.etf_classifier import ETFClassifier, full_precision
-from etfzoo.models import backbones, weights
-from etfzoo.models.spec import ETF_FIELDS, IMAGENET_MEAN, IMAGENET_STD, ClassifierSpec
+from etfzoo.models import backbones, projector, weights
+from etfzoo.models.spec import HEAD_FIELDS, IMAGENET_MEAN, IMAGENET_STD, ClassifierSpec
 
 
 @keras.saving.register_keras_serializable(package="etfzoo")
@@ -16,11 +16,13 @@ class ImageClassifier(keras.Model):
     """A functional Keras model from images `[N, H, W, 3]`, RGB in 0..255, to logits `[N, K]`.
 
     The normalisation is its first layer, so the pixels that it takes are the same everywhere.
-    Without a head (`head=None`) the output is the pooled features `[N, p]`.
+    Without a head (`head=None`) the output is the pooled features `[N, p]`. The features are taken
+    before the projector, where there is one.
 
     Attributes:
         spec: the ClassifierSpec that it was built from.
-        taps: KerasTensors by name: `stem`, `stage1` to `stage4`, `features`, `logits`.
+        taps: KerasTensors by name: `stem`, `stage1` to `stage4`, `features`, `projected` (the
+            output of the projector, where there is one), `logits`.
     """
 
     def __init__(self, spec: ClassifierSpec, name=None):
@@ -35,6 +37,8 @@ class ImageClassifier(keras.Model):
             )(images)
             x = backbones.apply_backbone(spec.backbone, x, spec.norm)
             x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+            if spec.projector_layers:
+                x = projector.apply_projector(x, spec.projector_layers, spec.projector_width, dtype)
             if spec.head == "etf":
                 x = ETFClassifier(
                     spec.num_classes,
@@ -58,6 +62,8 @@ class ImageClassifier(keras.Model):
     @property
     def taps(self) -> dict[str, keras.KerasTensor]:
         names = backbones.tap_layers(self.spec.backbone) | {"features": "features"}
+        if self.spec.projector_layers:
+            names["projected"] = projector.output_layer(self.spec.projector_layers)
         if self.spec.head is not None:
             names["logits"] = "logits"
         return {tap: self.get_layer(layer).output for tap, layer in names.items()}
@@ -89,6 +95,8 @@ def build_classifier(
     seed: int = 0,
     frame: str = "simplex_etf",
     learn_scale: bool = False,
+    projector_layers: int = 0,
+    projector_width: int | None = None,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     crop: float = 0.875,
@@ -109,6 +117,9 @@ def build_classifier(
         seed: seed of the ETF. The other weights draw from Keras's global seed
             (`keras.utils.set_random_seed`).
         frame, learn_scale: of the fixed classifier, see `etfzoo.layers.ETFClassifier`.
+        projector_layers: hidden layers of the projector between features and head, 1 to 3; 0 is
+            none. See `etfzoo.models.projector`.
+        projector_width: units of each; None is as many as features. It is the p of an ETF.
         mean, std: per channel, on the 0..255 scale.
         crop: share of the shorter side that evaluation keeps around the centre.
         class_names: label names in the order of the logits, or None.
@@ -141,6 +152,8 @@ def build_classifier(
             seed=seed,
             frame=frame,
             learn_scale=learn_scale,
+            projector_layers=projector_layers,
+            projector_width=projector_width,
             mean=mean,
             std=std,
             crop=crop,
@@ -155,12 +168,15 @@ def replace_head(
 ) -> ImageClassifier:
     """A new classifier with this backbone's weights and a fresh head; `model` is left alone.
 
+    A projector goes with its head: the fresh one acts on the pooled features.
+
     Args:
         model: the classifier whose backbone is taken over.
         num_classes: classes of the new head.
         head: `"linear"`, `"etf"` or None (features).
         **changes: other fields of ClassifierSpec that change, e.g. `input_shape`, `class_names`;
-            what belongs to the old head, as class names and frame, is not taken over.
+            what belongs to the old head, as class names, frame and projector, is not taken
+            over; `projector_layers` makes a fresh projector.
 
     Examples:
         >>> import etfzoo
@@ -170,7 +186,7 @@ def replace_head(
         ('linear', (None, 102))
     """
     defaults: dict = {"class_names": None, "class_descriptions": None}
-    changes = defaults | ETF_FIELDS | changes | {"num_classes": num_classes, "head": head}
+    changes = defaults | HEAD_FIELDS | changes | {"num_classes": num_classes, "head": head}
     spec = dataclasses.replace(model.spec, **changes)
     fresh = ImageClassifier(spec)
     weights.assign(fresh.variables, weights.as_arrays(model.variables), skip=is_head_variable)
@@ -178,8 +194,8 @@ def replace_head(
 
 
 def is_head_variable(path: str) -> bool:
-    """Whether a variable path belongs to the head."""
-    return path.startswith("logits/")
+    """Whether a variable path belongs to the head, or to the projector that goes with it."""
+    return path.startswith("logits/") or projector.is_projector_variable(path)
 
 
 def feature_model(model: ImageClassifier, taps=("features",)) -> keras.Model:

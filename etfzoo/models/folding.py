@@ -1,17 +1,18 @@
-"""Batch norm folded into the convolution before it: the network that is served."""
+"""Batch norm folded into the layer before it: the network that is served."""
 
 import keras
 from keras import ops
 
 
 def fold_batch_norm(network: keras.Model) -> keras.Model:
-    """A copy for inference in which a convolution with a bias stands for convolution and norm.
+    """A copy for inference in which one layer with a bias stands for a linear layer and its norm.
 
-    Every `<name>_conv` that is followed by its batch norm `<name>_bn` becomes one convolution,
-    with the weights of `folded_weights`. Other norms stay. Layer and output names stay.
+    Every `<name>_conv`, and `<name>_dense` of a projector, that is followed by its batch norm
+    `<name>_bn` becomes one layer, with the weights of `folded_weights`. Other norms stay. Layer
+    and output names stay.
 
     Args:
-        network: a functional model with the layer names of a KerasCV ResNet.
+        network: a functional model with the layer names of an ImageClassifier.
 
     Returns:
         A functional Keras model of stock layers where `network` has such; with initial weights.
@@ -41,27 +42,28 @@ def folded_weights(network: keras.Model, weights: dict) -> dict:
         weights: arrays or tensors by path of `network`'s variables.
 
     Returns:
-        `weights` with `kernel gamma / s` and `beta - moving_mean gamma / s` for the convolutions
-        that were folded, where `s = sqrt(moving_variance + epsilon)`, and without their norms.
+        `weights` with `kernel gamma / s` and `beta - moving_mean gamma / s` for the layers that
+        were folded, where `s = sqrt(moving_variance + epsilon)`, and without their norms.
     """
     result = dict(weights)
-    for conv, norm in _pairs(network).items():
+    for linear, norm in _pairs(network).items():
         gamma, beta, mean, variance = (
             result.pop(f"{norm.name}/{name}")
             for name in ("gamma", "beta", "moving_mean", "moving_variance")
         )
         scale = gamma / ops.sqrt(variance + norm.epsilon)
-        result[f"{conv.name}/kernel"] = weights[f"{conv.name}/kernel"] * scale
-        result[f"{conv.name}/bias"] = beta - mean * scale
+        result[f"{linear.name}/kernel"] = weights[f"{linear.name}/kernel"] * scale
+        result[f"{linear.name}/bias"] = beta - mean * scale
     return result
 
 
 def _pairs(network) -> dict:
-    """Batch norm by the convolution that it follows."""
+    """Batch norm by the convolution or dense layer that it follows."""
     layers = {layer.name: layer for layer in network.layers}
     pairs = {}
     for norm in network.layers:
-        conv = layers.get(norm.name.removesuffix("_bn") + "_conv")
-        if isinstance(norm, keras.layers.BatchNormalization) and conv and not conv.use_bias:
-            pairs[conv] = norm
+        stem = norm.name.removesuffix("_bn")
+        linear = layers.get(f"{stem}_conv") or layers.get(f"{stem}_dense")
+        if isinstance(norm, keras.layers.BatchNormalization) and linear and not linear.use_bias:
+            pairs[linear] = norm
     return pairs

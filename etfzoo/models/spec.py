@@ -3,14 +3,26 @@
 import dataclasses
 
 from etfzoo.data.datasets import IMAGENET_STATISTICS
-from etfzoo.errors import EtfzooError, unknown
-from etfzoo.models.table import FEATURE_NORMS, FRAMES, HEADS, NORMS, get_backbone
+from etfzoo.errors import EtfzooError, shown, unknown
+from etfzoo.models.table import (
+    FEATURE_NORMS,
+    FRAMES,
+    HEADS,
+    NORMS,
+    PROJECTOR_LAYERS,
+    PROJECTOR_WIDTH,
+    get_backbone,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = IMAGENET_STATISTICS
 # What belongs to the etf head, and what stands there of another one.
 ETF_FIELDS = {
     "feature_norm": "none", "scale": None, "frame": "simplex_etf", "learn_scale": False,
 }  # fmt: skip
+# The projector goes with a head of either kind, see `etfzoo.models.projector`.
+PROJECTOR_FIELDS = {"projector_layers": 0, "projector_width": None}
+# All that a fresh head does not take over from the one before it.
+HEAD_FIELDS = ETF_FIELDS | PROJECTOR_FIELDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +46,8 @@ class ClassifierSpec:
     class_descriptions: tuple[str, ...] | None = None
     frame: str = "simplex_etf"
     learn_scale: bool = False
+    projector_layers: int = 0
+    projector_width: int | None = None
 
     def __post_init__(self):
         for field in ("input_shape", "mean", "std", "class_names", "class_descriptions"):
@@ -43,7 +57,12 @@ class ClassifierSpec:
         if self.scale is None:
             scale = 16.0 if self.feature_norm.endswith("l2") else 1.0
             object.__setattr__(self, "scale", scale)
-        get_backbone(self.backbone)
+        row = get_backbone(self.backbone)
+        check_projector(self.projector_layers, self.projector_width)
+        if self.projector_layers and self.projector_width is None:
+            object.__setattr__(self, "projector_width", row.feature_dim)
+        if self.projector_layers and self.head is None:
+            raise EtfzooError("projector_layers belong to a head: features are taken before them")
         if self.head is not None and self.head not in HEADS:
             raise unknown("head", self.head, HEADS)
         own = {name: getattr(self, name) for name in ETF_FIELDS}
@@ -76,6 +95,11 @@ class ClassifierSpec:
                 raise EtfzooError(f"{len(names)} {what} for {self.num_classes} classes")
 
     @property
+    def penultimate(self) -> str:
+        """The tap on which the head acts: `projected`, or without a projector `features`."""
+        return "projected" if self.projector_layers else "features"
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """What people are shown for each class: description, else name, else number."""
         numbers = (str(i) for i in range(self.num_classes or 0))
@@ -95,3 +119,29 @@ class ClassifierSpec:
                 f"not a classifier of this etfzoo version (unknown fields: {extra or 'none'})"
             )
         return cls(**values)
+
+
+def check_projector(layers, width) -> None:
+    """Checks the size of a projector, see `etfzoo.models.projector`.
+
+    Args:
+        layers: number of hidden layers; 0 is no projector.
+        width: units of each; None is as many as features.
+
+    Raises:
+        EtfzooError: no whole numbers, out of their limits, or a projector of no hidden layer.
+    """
+    for name, value, low, high in (
+        ("projector_layers", layers, 0, PROJECTOR_LAYERS),
+        ("projector_width", 1 if width is None else width, 1, PROJECTOR_WIDTH),
+    ):
+        if type(value) is not int or not low <= value <= high:
+            raise EtfzooError(
+                f"{name} must be a whole number from {low} to {high}; got {shown(value)}"
+            )
+    if width is not None and not layers:
+        raise EtfzooError(
+            "a projector without a hidden layer is linear, and a fixed head behind it a trainable "
+            f"one in disguise: give `projector_layers` (1 to {PROJECTOR_LAYERS}) with "
+            "`projector_width`"
+        )

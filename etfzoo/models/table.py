@@ -10,6 +10,8 @@ NORMS = ("bn", "sw")
 FEATURE_NORMS = ("none", "bn", "l2", "bn_l2")
 FRAMES = ("simplex_etf", "centred_etf", "orthogonal", "hadamard", "softmax_code")
 INITIALIZERS = ("glorot_uniform", "he_fan_out")
+# The most hidden layers of a projector, and units of one.
+PROJECTOR_LAYERS, PROJECTOR_WIDTH = 3, 2**15
 # The paper's three ways to pretrain: head and norm.
 METHODS = {"linear": ("linear", "bn"), "sw": ("linear", "sw"), "etf": ("etf", "bn")}
 

@@ -97,7 +97,7 @@ class Stepper(BaseStepper):
 
         def loss(trainable):
             logits, updated = self.model.stateless_call(trainable, others, images, training=True)
-            per_example = losses.cross_entropy(labels, logits, self.label_smoothing)
+            per_example = self.loss(labels, logits)
             return scale * (ops.sum(per_example) / len(labels)), (updated, logits, per_example)
 
         gradients, (others, logits, per_example) = jax.grad(loss, has_aux=True)(trainable)
@@ -170,7 +170,7 @@ def evaluation_step(model, label_smoothing=0.0, strategy=None):
 
     Each is an array over the examples of the global batch. `in_top5` tells whether the label is
     among the five highest logits (all, where K < 5), `confidence` is the probability of the
-    predicted class.
+    predicted class. The loss is the cross-entropy, whatever the training's is.
     """
 
     def outcome(logits, labels):

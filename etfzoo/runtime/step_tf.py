@@ -45,7 +45,7 @@ class Stepper(BaseStepper):
 
         Args:
             batches: iterator over what `distribute` returned: images, with labels or targets as
-                `losses.cross_entropy` takes them.
+                `etfzoo.runtime.losses` takes them.
             steps: number of steps, all in one call of the device.
             stop: this process's vote for stopping after these steps.
 
@@ -74,7 +74,7 @@ class Stepper(BaseStepper):
         values = [v.value for v in variables]
         with tf.GradientTape() as tape:
             logits = self.model(images, training=True)
-            per_example = losses.cross_entropy(labels, logits, self.label_smoothing)
+            per_example = self.loss(labels, logits)
             # Gradients are summed over replicas: divide by the global batch, not by this share.
             size = ops.cast(ops.shape(labels)[0] * replicas, per_example.dtype)
             loss = self.optimizer.scale_loss(ops.sum(per_example) / size)
@@ -143,7 +143,7 @@ def evaluation_step(model, label_smoothing=0.0, strategy=None):
 
     Each is a tensor over the examples of the global batch. `in_top5` tells whether the label is
     among the five highest logits (all, where K < 5), `confidence` is the probability of the
-    predicted class.
+    predicted class. The loss is the cross-entropy, whatever the training's is.
     """
     strategy = strategy or tf.distribute.get_strategy()
 

@@ -12,7 +12,8 @@ class BaseStepper:
             keras.optimizers.LossScaleOptimizer.
         strategy: see `etfzoo.runtime.strategy.get_strategy`.
         weight_decay: L2 coefficient on the variables that `losses.decayed` names.
-        label_smoothing: see `losses.cross_entropy`.
+        loss: a function `(labels, logits) -> losses [N]`, see `etfzoo.runtime.losses`. Gradients
+            are of their mean over the global batch.
         decay_all: whether L2 counts for all trainable variables.
         jit_compile: whether XLA compiles the step; None is the backend's choice.
         average: an `etfzoo.runtime.averaging.WeightAverage` that follows the model; None is none.
@@ -27,7 +28,7 @@ class BaseStepper:
         optimizer,
         strategy,
         weight_decay=0.0,
-        label_smoothing=0.0,
+        loss=losses.cross_entropy,
         decay_all=False,
         jit_compile=None,
         average=None,
@@ -36,7 +37,7 @@ class BaseStepper:
         self.optimizer = optimizer
         self.strategy = strategy
         self.weight_decay = weight_decay
-        self.label_smoothing = label_smoothing
+        self.loss = loss
         self.average = average
         self._decayed = [losses.decayed(v, decay_all) for v in model.trainable_variables]
         self.jit_compile = self._compile(jit_compile)

@@ -1,6 +1,7 @@
 """The parts of a run from its configuration: model, pipeline, optimizer and step."""
 
 import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -14,8 +15,8 @@ from etfzoo.errors import EtfzooError
 from etfzoo.measure import classes
 from etfzoo.models import initialization, weights
 from etfzoo.models.classifier import ImageClassifier, build_classifier, replace_head
-from etfzoo.models.spec import ETF_FIELDS
-from etfzoo.runtime import backend
+from etfzoo.models.spec import HEAD_FIELDS
+from etfzoo.runtime import backend, losses
 from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
@@ -57,7 +58,7 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
     if config.norm == "sw":
         backend.use_full_float32()
     common: dict = {
-        **{name: getattr(config, name) for name in ETF_FIELDS},
+        **{name: getattr(config, name) for name in HEAD_FIELDS},
         "seed": config.seed,
         "input_shape": (size, size, 3),
         "crop": config.crop,
@@ -92,6 +93,11 @@ def _with_its_head(start, source, config, common) -> ImageClassifier:
     order = classes.places(start.spec, source)
     if start.spec.head != config.head:
         raise EtfzooError(f"the head that is kept is {start.spec.head}, not {config.head}")
+    kept = start.spec.projector_layers
+    if config.projector_layers not in (0, kept):
+        raise EtfzooError(
+            f"the head that is kept has a projector of {kept} layers, not {config.projector_layers}"
+        )
     moved = not np.array_equal(order, np.arange(start.spec.num_classes))
     if len(order) < start.spec.num_classes or (moved and config.head == "etf"):
         raise EtfzooError(
@@ -177,14 +183,52 @@ def make_optimizer(config: TrainConfig, steps: int, model, strategy):
     return optimizer
 
 
-def make_stepper(config: TrainConfig, model, optimizer, strategy, average=None):
-    """The training step of a configuration, see `etfzoo.runtime.step_tf.Stepper`."""
+def make_loss(config: TrainConfig, spec, source):
+    """The training loss of a configuration, a function `(labels, logits) -> losses [N]`.
+
+    Args:
+        config: the run.
+        spec: of the model that is trained, see `ClassifierSpec`.
+        source: its data set, or what has its `class_counts`; asked only where the loss takes
+            them, and then for the whole split that is trained on.
+
+    Raises:
+        EtfzooError: dot regression, and a head whose logits are no cosines, or are their multiples
+            by a factor that it would not train.
+    """
+    options: dict = {}
+    if config.loss == "dot_regression":
+        if spec.head != "etf" or not spec.feature_norm.endswith("l2") or spec.learn_scale:
+            raise EtfzooError(
+                "`loss=dot_regression` compares cosines: it takes an etf head with "
+                "`feature_norm=l2` or `feature_norm=bn_l2`, and no `learn_scale`"
+            )
+        options["scale"] = spec.scale
+    if config.label_smoothing:
+        options["label_smoothing"] = config.label_smoothing
+    if config.logit_adjustment or config.class_balance:
+        counts = source.class_counts(config.train_split)
+        if config.logit_adjustment:
+            options["adjustment"] = losses.logit_adjustment(counts, config.logit_adjustment)
+        if config.class_balance:
+            options["class_weights"] = losses.balanced_weights(counts, config.class_balance)
+    return functools.partial(losses.LOSSES[config.loss], **options)
+
+
+def make_stepper(config: TrainConfig, model, optimizer, strategy, loss, average=None):
+    """The training step of a configuration, see `etfzoo.runtime.step_tf.Stepper`.
+
+    Args:
+        config: the run.
+        model, optimizer, strategy, average: see there.
+        loss: see `make_loss`.
+    """
     return backend.Stepper(
         model,
         optimizer,
         strategy,
         config.weight_decay,
-        config.label_smoothing,
+        loss,
         config.decay_all,
         False if config.deterministic else config.jit_compile,
         average,

@@ -15,7 +15,17 @@ from etfzoo import files
 from etfzoo.data.augmentation import CROPS, MAX_MAGNITUDE
 from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, first_line, shown, unknown
-from etfzoo.models.table import BACKBONES, FEATURE_NORMS, FRAMES, HEADS, INITIALIZERS, NORMS
+from etfzoo.models.spec import check_projector
+from etfzoo.models.table import (
+    BACKBONES,
+    FEATURE_NORMS,
+    FRAMES,
+    HEADS,
+    INITIALIZERS,
+    NORMS,
+    PROJECTOR_LAYERS,
+    PROJECTOR_WIDTH,
+)
 from etfzoo.runtime.strategies import STRATEGIES
 from etfzoo.training.protocols import PROTOCOLS
 
@@ -116,6 +126,21 @@ class TrainConfig:
         high=10**6,
     )
     learn_scale: bool = setting("Model", False, "train the factor on the ETF's logits too")
+    projector_layers: int = setting(
+        "Model",
+        0,
+        "hidden layers of a projector between features and head, which fine-tuning leaves out; 0 "
+        "is none",
+        low=0,
+        high=PROJECTOR_LAYERS,
+    )
+    projector_width: int | None = setting(
+        "Model",
+        None,
+        "units of each of them, on which the head acts (default: as many as features)",
+        low=1,
+        high=PROJECTOR_WIDTH,
+    )
     initializer: str = setting(
         "Model",
         "glorot_uniform",
@@ -205,6 +230,29 @@ class TrainConfig:
     )
     decay_all: bool = setting(
         "Regularisation", False, "L2 on biases, gamma, beta and the logits of sw too"
+    )
+    loss: str = setting(
+        "Loss",
+        "cross_entropy",
+        "what training minimises: cross_entropy, dot_regression (of an ETF on l2 features) or "
+        "squared_error; evaluation tells the cross-entropy",
+        choices=("cross_entropy", "dot_regression", "squared_error"),
+    )
+    logit_adjustment: float = setting(
+        "Loss",
+        0.0,
+        "cross-entropy of logits + this * log(share of each class in the training split), e.g. 1; "
+        "0 is off",
+        low=0,
+        high=100,
+    )
+    class_balance: float = setting(
+        "Loss",
+        0.0,
+        "beta of the weights (1 - beta) / (1 - beta^n) of classes of n examples, e.g. 0.9999; 0 is "
+        "off",
+        low=0,
+        high=0.9999999,
     )
     label_smoothing: float = setting(
         "Regularisation", 0.0, "share of the target spread over all classes", low=0, high=0.999999
@@ -323,6 +371,12 @@ class TrainConfig:
         if self.keep_head and self.init is None:
             raise EtfzooError(
                 "keep_head goes on with the head of a pretrained model: there is none"
+            )
+        check_projector(self.projector_layers, self.projector_width)
+        if self.loss != "cross_entropy" and (self.label_smoothing or self.logit_adjustment):
+            raise EtfzooError(
+                "label_smoothing and logit_adjustment belong to the cross-entropy: set them to 0 "
+                f"with `loss={self.loss}`"
             )
         if self.jit_compile and self.deterministic:
             raise EtfzooError(

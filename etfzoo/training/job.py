@@ -8,6 +8,7 @@ from pathlib import Path
 from etfzoo import files
 from etfzoo.data.datasets import DATASETS
 from etfzoo.errors import EtfzooError, unknown
+from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
 
@@ -104,6 +105,7 @@ class Job:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             known = field.name in given or (config.init and field.name in _FROM_MODEL)
+            known = known or (config.keep_head and field.name in HEAD_FIELDS)
             if not known and value != usual.get(field.name, field.default):
                 given[field.name] = value
         for name, values in (

@@ -33,6 +33,7 @@ from etfzoo.runtime.strategy import (
 )
 from etfzoo.training import identity
 from etfzoo.training.build import (
+    make_loss,
     make_optimizer,
     make_pipeline,
     make_stepper,
@@ -99,21 +100,23 @@ def _train(config, workdir, strategy, pretrained):
     source = chief_first(strategy, lambda: resolve(config.dataset, config.data_dir))
     model = start_model(config, source, strategy, pretrained)
     pipeline = make_pipeline(config, source, model, workdir, is_chief(strategy))
+    loss = make_loss(config, model.spec, pipeline.source)
     cache = backend.device_cache(pipeline, strategy) if config.cache == "device" else None
     run = identity.claim(config, workdir, source.fingerprint()) if is_chief(strategy) else None
-    return Trainer(config, workdir, strategy, pipeline, model, cache, run).train()
+    return Trainer(config, workdir, strategy, pipeline, model, loss, cache, run).train()
 
 
 class Trainer:
     """One run: the loop and its state."""
 
-    def __init__(self, config, workdir, strategy, pipeline, model, cache, run):
+    def __init__(self, config, workdir, strategy, pipeline, model, loss, cache, run):
         self.config = config
         self.run = run  # its identity; the chief's alone, who writes
         self.workdir = workdir
         self.strategy = strategy
         self.chief = is_chief(strategy)
         self.pipeline = pipeline
+        self.loss = loss
         self.cache = cache
         self.steps = pipeline.size(config.train_split) // config.batch_size
         self.optimizer = make_optimizer(config, self.steps, model, strategy)
@@ -215,7 +218,9 @@ class Trainer:
             return
         self.size = size
         model = self.trained.at_size(size, size)
-        self.stepper = make_stepper(self.config, model, self.optimizer, self.strategy, self.average)
+        self.stepper = make_stepper(
+            self.config, model, self.optimizer, self.strategy, self.loss, self.average
+        )
         self.images = self.cache or self.pipeline
         if size != self.config.image_size:
             self.images = self.images.at_size(size, size)
@@ -272,8 +277,14 @@ class Trainer:
         return accuracy.summary(predictions, self.model.spec.num_classes)
 
     def _neural_collapse(self):
-        """Collapse measures of both splits, as the network sees them at evaluation."""
+        """Collapse measures of both splits, as the network sees them at evaluation.
+
+        Of the features, so that runs with a projector and without compare. Behind one the head acts
+        on its output, and what compares head and features, nc3 and nc4, is left out.
+        """
         found, row, classes = {}, {}, self.model.spec.num_classes
+        on_features = self.model.spec.penultimate == "features"
+        head = features.linear_head(self.model) if on_features else None
         for split in dict.fromkeys((self.config.train_split, self.config.eval_split)):
             batches = self.extractor.batches(self.pipeline, split)
             if not self.chief:  # takes part in computing the features, and no more
@@ -282,9 +293,7 @@ class Trainer:
                 continue
             found[split] = features.in_temporary_file(batches, self.workdir)
             try:
-                measured = features.collapse(
-                    found[split], classes, features.linear_head(self.model)
-                )
+                measured = features.collapse(found[split], classes, head)
             except EtfzooError as error:  # no reason to end a training
                 log.warning("no collapse measures of the %s split: %s", split, error)
                 continue

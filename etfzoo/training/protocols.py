@@ -50,21 +50,21 @@ _PAPER_SGD = {
 _PAPER_ASSUMED = {
     "pretrain": (
         "schedule", "warmup_epochs", "nesterov", "decay_all", "initializer", "zero_gamma",
-        "image_size", "mean", "std", "augment", "min_area", "flip", "crop", "label_smoothing",
-        "feature_norm", "scale",
+        "image_size", "mean", "std", "augment", "min_area", "flip", "crop", "loss",
+        "label_smoothing", "feature_norm", "scale",
     ),
     # The paper gives no fine-tuning setting at all.
     "finetune": (
         "head", "epochs", "batch_size", "learning_rate", "schedule", "warmup_epochs", "momentum",
         "nesterov", "weight_decay", "decay_all", "image_size", "augment", "min_area", "flip",
-        "crop", "label_smoothing",
+        "crop", "loss", "label_smoothing",
     ),
 }  # fmt: skip
 _PAPER_NOTES = {
     "pretrain": (
         "the paper names no framework and no variant of ResNet, and says neither how weight decay "
         "enters (here as L2 added to the gradient before momentum, as torch does it) nor what the "
-        "norms and the loss are (here batch norm with momentum 0.9, and cross-entropy)"
+        "norms are (here batch norm with momentum 0.9)"
     ),
     "finetune": (
         "the paper gives no setting of its fine-tuning; here all weights are trained, and the "

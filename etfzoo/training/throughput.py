@@ -96,10 +96,15 @@ def synthetic(
         EtfzooError: no such device, several workers, or settings that do not go together.
     """
     strategy = _open(config)
-    classes = types.SimpleNamespace(num_classes=num_classes, class_names=None)
+    classes = types.SimpleNamespace(
+        num_classes=num_classes,
+        class_names=None,
+        class_counts=lambda split: np.ones(num_classes, np.int64),
+    )
     model = build.start_model(config, classes, strategy)
     optimizer = build.make_optimizer(config, 1000, model, strategy)
-    stepper = build.make_stepper(config, model, optimizer, strategy)
+    loss = build.make_loss(config, model.spec, classes)
+    stepper = build.make_stepper(config, model, optimizer, strategy, loss)
     evaluate = backend.evaluation_step(model, strategy=strategy)
     rng = np.random.default_rng(0)
     shape = (config.batch_size, *model.spec.input_shape)
@@ -140,7 +145,8 @@ def profile(config: TrainConfig, rounds: int = 3, seconds: float = 5.0) -> dict[
     pipeline = build.make_pipeline(config, source, model)
     optimizer = build.make_optimizer(config, 1000, model, strategy)
     average = WeightAverage(model, config.ema, strategy) if config.ema else None
-    stepper = build.make_stepper(config, model, optimizer, strategy, average)
+    loss = build.make_loss(config, model.spec, pipeline.source)
+    stepper = build.make_stepper(config, model, optimizer, strategy, loss, average)
     with pipeline.naming_corrupt_records(config.train_split, 0):
         return _profile(config, strategy, pipeline, stepper, rounds, seconds)
 

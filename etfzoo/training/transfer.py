@@ -175,6 +175,8 @@ class _Frozen:
             raise EtfzooError(f"{what} runs on one device: leave out `strategy`")
         if config.keep_head:
             raise EtfzooError(f"{what} makes a head of its own: leave out `keep_head`")
+        if config.projector_layers:
+            raise EtfzooError(f"{what} reads the features: leave out `projector_layers`")
         identity.check(config, workdir)
         finished = Workdir(workdir).usable_result()
         if finished is not None:

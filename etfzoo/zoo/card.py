@@ -28,6 +28,9 @@ def text(name: str, version: int, metadata: dict) -> str:
         head = f"fixed ETF head, {spec.num_classes} classes"
     else:
         head = f"trainable linear head, {spec.num_classes} classes"
+    if spec.projector_layers:
+        layers = f"{spec.projector_layers} hidden layer{'s' * (spec.projector_layers > 1)}"
+        head = f"projector ({layers} of {spec.projector_width} units), {head}"
     norm = "switchable whitening" if spec.norm == "sw" else "batch norm"
     command, dataset, title = (made.get(name) for name in ("command", "dataset", "title"))
     terms = [f"{data}: {licence}" for data, licence in (made.get("licences") or {}).items()]

@@ -7,7 +7,7 @@ import keras
 from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models import checkpoint, classifier, weights
 from etfzoo.models.classifier import ImageClassifier
-from etfzoo.models.spec import ETF_FIELDS
+from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.progress import notify
 from etfzoo.zoo import index, publish, verify
 from etfzoo.zoo.handles import fetched, find, has_address
@@ -37,7 +37,8 @@ def load(
         num_classes: given, the head is a fresh one of that many classes.
         head: `"auto"` is the published head, or a fresh linear one with `num_classes`. `"etf"`
             and `"linear"` keep the published head where it is of that kind and `num_classes` is
-            left out, and are fresh otherwise. None gives the pooled features.
+            left out, and are fresh otherwise. None gives the pooled features. A projector stays
+            with the published head, and a fresh one acts on the pooled features.
         load_weights: False gives the untrained network.
         input_shape: `(height, width, 3)` instead of the published one.
         dtype: Keras dtype policy instead of the published one, e.g. `"mixed_bfloat16"`.
@@ -78,7 +79,7 @@ def load(
         return _build(target, source)
     if model is None:
         arrays = publish.Weights(source.folder)
-        _check_classes(spec, arrays.shapes, source)
+        _check_sizes(spec, arrays.shapes, source)
         verify.check_weights(arrays, f"the weights of {source}")
     elif target == spec and not fresh:
         return model
@@ -110,7 +111,7 @@ def _changed(spec, source, num_classes, head, input_shape, dtype):
     if head is not None and num_classes is None and spec.num_classes is None:
         raise EtfzooError(f"{source} has no head: head={head!r} needs num_classes")
     if fresh:  # as in replace_head, nothing of the old head is taken over ...
-        changes |= {"head": head} | ETF_FIELDS
+        changes |= {"head": head} | HEAD_FIELDS
         if head is None or num_classes is not None:  # ... but for the classes, if they stay
             changes |= {"num_classes": num_classes}
             changes |= {"class_names": None, "class_descriptions": None}
@@ -124,13 +125,21 @@ def _build(spec, source):
         raise EtfzooError(f"{source} cannot be built: {first_line(e)}") from e
 
 
-def _check_classes(spec, shapes, source):
+def _check_sizes(spec, shapes, source):
     """Before a network is built that a wrong number makes too large for any memory."""
     kernel = shapes.get("logits/kernel")
     if spec.head is not None and kernel is not None and kernel[-1:] != (spec.num_classes,):
         raise EtfzooError(
             f"the weights of {source} do not fit the model: {kernel[-1:]} classes instead of "
             f"{spec.num_classes}"
+        )
+    if not spec.projector_layers:
+        return
+    units = shapes.get("projector1_dense/kernel", ())[-1:]
+    if units != (spec.projector_width,):
+        raise EtfzooError(
+            f"the weights of {source} do not fit the model: {units} units in the projector instead "
+            f"of {spec.projector_width}"
         )
 
 

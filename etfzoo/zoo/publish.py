@@ -63,8 +63,9 @@ def publish(
 
     - `serving_default`: `images` float32 `[N, H, W, 3]`, RGB in 0..255, to `logits`,
       `probabilities` `[N, K]` and `class_ids` `[N]`.
-    - `features`: `images` to the pooled `features` `[N, p]` and the maps `stem`, `stage1` to
-      `stage4` (ask TF Serving for those that you need with `output_filter`).
+    - `features`: `images` to the pooled `features` `[N, p]`, the maps `stem`, `stage1` to `stage4`
+      and, where there is a projector, its output `projected` (ask TF Serving for those that you
+      need with `output_filter`).
     - `serving_bytes`: `image_bytes` `[N]`, encoded JPEG or PNG of any sizes, to the
       `class_ids`, `labels` and `scores` `[N, k]` of the k = min(5, K) likeliest classes, best
       first. Left out where the model's height or width is open.

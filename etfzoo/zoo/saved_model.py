@@ -5,8 +5,9 @@ path of a Keras variable to it: `%`, `/` and `.` become `%25`, `%2F` and `%2E`, 
 separates and `.` escapes in the keys of a checkpoint. The Keras model itself is only traced; saving
 it as well would store every variable a second time.
 
-What the signatures read is derived from them once, when the SavedModel is loaded: convolutions with
-their batch norm folded in, and float32 copies of what is stored as float16.
+What the signatures read is derived from them once, when the SavedModel is loaded: convolutions, and
+the layers of a projector, with their batch norm folded in, and float32 copies of what is stored as
+float16.
 """
 
 import dataclasses
@@ -169,7 +170,7 @@ class _Inference:
             _images_spec(spec), *weights_spec
         )
         self._derive = tf.function(derive, autograph=False).get_concrete_function()
-        # Convolutions that were given a bias, and what is not stored as float32.
+        # Layers that were given a bias, and what is not stored as float32.
         biased = {path.removesuffix("/bias") for path in self._paths if path not in stored}
         derived = [
             path

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
+import etfzoo
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.__main__ import commands
 from etfzoo.cli.flags import FLAGS
 from etfzoo.errors import EtfzooError
+from etfzoo.models.spec import ClassifierSpec
 
 DRAWS = 500
 ODD = [
@@ -166,3 +168,14 @@ def test_choices_are_those_of_what_takes_them():
     assert set(figure2.PROJECTIONS) == set(random_features.PROJECTIONS)
     assert table1.MODES == finetune.MODES == tuple(sweep.MODES)
     assert set(serve_client.PROTOCOLS) == set(serving_client.PORTS)
+
+
+@pytest.mark.parametrize("head", ["etf", "linear"])
+def test_a_kept_head_tells_its_projector(head, defined, monkeypatch):
+    defined("finetune")
+    spec = ClassifierSpec("rn18", 5, head, projector_layers=2, projector_width=24)
+    monkeypatch.setattr(etfzoo, "spec", lambda handle: spec)
+    for given, wanted in (("--keep_head",), (2, 24)), ((), (0, None)):
+        parse("--dataset=digits", *given)
+        config = configs.finetune_config("a/model")
+        assert (config.projector_layers, config.projector_width) == wanted

@@ -77,4 +77,28 @@ def test_evaluating_overwrites_nothing(models, tmp_path):
     run_recipe("neural_collapse", *flags, "--ood_dataset=folder:q", cwd=tmp_path)
     names = sorted(path.name for path in tmp_path.glob("runs/neural_collapse/full@*/*.json"))
     assert names == ["folder_p_train_test.json", "folder_p_train_test_ood_folder_q.json"]
+    err = run_recipe("neural_collapse", *flags, "--tap=projected", code=2, cwd=tmp_path)
+    assert "unknown tap 'projected'" in err
     assert "written to runs/neural_collapse/full@" in out
+
+
+def test_collapse_of_features_and_behind_a_projector(tmp_path):
+    make_image_folder(tmp_path / "p", {"ant": 6, "bee": 8})
+    model = make_classifier(
+        class_names=NAMES, num_classes=2, projector_layers=1, projector_width=24
+    )
+    folder = make_run(tmp_path / "run", model)
+    flags = (f"--model={folder}", "--dataset=folder:p", "--split=train", "--feature_cache=")
+    out = run_recipe("neural_collapse", *flags, cwd=tmp_path)
+    assert "nc3 and nc4 are left out: the head acts on `projected`, not on `features`" in out
+    out = run_recipe("neural_collapse", *flags, "--tap=projected", cwd=tmp_path)
+    assert "nc3 and nc4 are left out" not in out
+    found = {
+        path.stem: json.loads(path.read_text())
+        for path in tmp_path.glob("runs/neural_collapse/run@*/*.json")
+    }
+    on, behind = (found[f"folder_p_train{end}"] for end in ("", "_projected"))
+    assert (on["tap"], behind["tap"]) == ("features", "projected")
+    assert not {"nc3", "nc4"} & on["splits"]["train"].keys()
+    assert {"nc3", "nc4"} < behind["splits"]["train"].keys()
+    assert on["splits"]["train"]["nc1"] != behind["splits"]["train"]["nc1"]

@@ -8,6 +8,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from etfzoo.data import shapes, sources
+from etfzoo.data.readable import readable
 from etfzoo.errors import EtfzooError
 from testing import make_image_folder
 
@@ -374,6 +375,35 @@ def test_streaming_shuffles_through_a_buffer(digits, embedded_dir, monkeypatch):
     check_order(streamed, "test", correlation=0.6)
     assert streamed.memory == {}
     assert sorted(columns(streamed, "test", 5)["record"]) == sorted(wanted["record"])
+
+
+def counted(source, split):
+    found = source.class_counts(split)
+    assert found.dtype == np.int64 and found.sum() == source.size(split)
+    labels = columns(source, split)["label"].tolist()
+    assert found.tolist() == [labels.count(label) for label in range(source.num_classes)]
+    return found
+
+
+def test_examples_of_each_class(digits, embedded_dir, flat, monkeypatch):
+    whole = counted(digits, "train")
+    assert (whole == counted(digits, "train[:45%]") + counted(digits, "train[45%:]")).all()
+    assert 0 in counted(digits, "train[:5%]")  # one that is not there is counted, too
+    assert len(set(counted(resolve_folder(flat), "train"))) > 1
+    with pytest.raises(EtfzooError, match="has no split"):
+        digits.class_counts("nope")
+    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", 0)
+    streamed = sources.resolve("digits", str(embedded_dir))
+    assert (streamed.class_counts("train") == whole).all() and streamed.memory == {}
+
+
+def test_counting_classes_decodes_nothing_and_leaves_out_what_is_left_out(tmp_path):
+    root = make_image_folder(tmp_path, {"a": 9, "b": 30})
+    source = resolve_folder(root)
+    broken = next(name for name in names(source, "train") if name.startswith("b/"))
+    (root / broken).write_bytes(b"no image")
+    before = counted(source, "train")
+    assert (before - readable(source).class_counts("train")).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("split", ["nope", "train[:90%", "val", "trainx"])

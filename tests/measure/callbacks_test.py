@@ -22,8 +22,8 @@ def _data(seed, count=20):
     return images.astype(np.float32), labels
 
 
-def _model():
-    model = etfzoo.build_classifier("rn18", K, "etf", input_shape=(16, 16, 3))
+def _model(**changes):
+    model = etfzoo.build_classifier("rn18", K, "etf", input_shape=(16, 16, 3), **changes)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.01), loss)
     return model
@@ -93,6 +93,17 @@ def test_labels_of_all_forms_and_weights(model):
     some = tf.data.Dataset.from_tensor_slices((images, labels, weights)).batch(20)
     assert _measured(model, some) == _measured(model, [(images[kept], labels[kept])])
     assert _measured(model, some) != wanted
+
+
+def test_behind_a_projector_the_features_are_measured_without_the_head():
+    model = _model(projector_layers=1, projector_width=24)
+    found = _measured(model, [_data(1)])
+    assert not [name for name in found if name.startswith(("nc/x/nc3", "nc/x/nc4"))]
+    images, labels = _data(1)
+    h = etfzoo.feature_model(model).predict(images, verbose=0)["features"]
+    statistics = NeuralCollapseStatistics(K, h.shape[1])
+    statistics.update(h, labels)
+    np.testing.assert_allclose(found["nc/x/nc1"], statistics.result()["nc1"], rtol=1e-3)
 
 
 SOFT = np.full((4, K), 1 / K)

@@ -222,6 +222,43 @@ def test_linear_head_chooses_as_the_head(head, norm):
         features.linear_head(make_classifier(None))
 
 
+def test_behind_a_projector(photos, tmp_path):
+    model = make_classifier("linear", projector_layers=2, projector_width=24)
+    data = pipeline(photos)
+    extractors = {tap: features.Extractor(model, tap=tap) for tap in ("features", "projected")}
+    found = {tap: e.load(data, "train", tmp_path) for tap, e in extractors.items()}
+    assert [f.features.shape[1] for f in found.values()] == [32, 24]
+    images = np.stack(
+        [
+            evaluation_image(r["image"], 32, 32, 0.8)
+            for r in sources.resolve(f"folder:{photos}").records("train")
+        ]
+    ).astype(np.uint8)
+    wanted = etfzoo.feature_model(model, ("features", "projected", "logits"))(images)
+    for tap, some in found.items():
+        value = np.asarray(wanted[tap])
+        np.testing.assert_allclose(some.features, value, rtol=1e-4, atol=1e-5 * value.max())
+    # The cached features are those of the backbone, whatever stands behind it ...
+    key = features.content_hash(model, data, "train")
+    bare = replace_head(model, 5)
+    assert features.content_hash(bare, data, "train") == key
+    model.get_layer("projector1_dense").kernel.assign(np.ones((32, 24)))
+    assert features.content_hash(model, data, "train") == key
+    # ... and what the projector makes of them hangs on it.
+    keys = {features.content_hash(model, data, "train", tap) for tap in found}
+    assert len(keys) == 2 and not (tmp_path / f"{max(keys - {key})}.float32").exists()
+    # The head has weights on the output of the projector, and none on the features.
+    weights, bias = features.linear_head(model, "projected")
+    logits = found["projected"].features @ weights.T + bias
+    np.testing.assert_allclose(logits, wanted["logits"], rtol=1e-3, atol=1e-4)
+    with pytest.raises(EtfzooError, match="the head acts on `projected`, not on `features`"):
+        features.linear_head(model)
+    with pytest.raises(EtfzooError, match="the head acts on `features`, not on `projected`"):
+        features.linear_head(bare, "projected")
+    with pytest.raises(EtfzooError, match="unknown tap 'projected'"):
+        features.Extractor(bare, tap="projected")
+
+
 def test_collapse_of_features_with_the_head(photos, model):
     found = features.Extractor(model).load(pipeline(photos), "train")
     other = features.Extractor(model).load(pipeline(photos, crop=0.5), "test")

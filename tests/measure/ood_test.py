@@ -15,7 +15,7 @@ pytestmark = pytest.mark.small_rn18
 
 
 def pooled(model, count, seed, shift=0.0):
-    width = model.get_layer("features").output.shape[-1]
+    width = model.taps[model.spec.penultimate].shape[-1]
     rng = np.random.default_rng(seed)
     basis = np.random.default_rng(99).normal(size=(6, width))
     found = np.abs(rng.normal(size=(count, 6)) @ basis + shift + 0.1 * rng.normal(size=width))
@@ -24,6 +24,7 @@ def pooled(model, count, seed, shift=0.0):
 
 @pytest.mark.parametrize("head, changes", [
     ("linear", {}), ("etf", {"feature_norm": "none"}), ("etf", {"feature_norm": "l2"}),
+    ("linear", {"projector_layers": 1, "projector_width": 24}),
 ])  # fmt: skip
 def test_scores(head, changes):
     model = make_classifier(head, **changes)
@@ -58,8 +59,9 @@ def test_detection_by_counting():
     assert ood.detection([2, 3], [0, 1]) == {"auroc": 1.0, "fpr95": 0.0}
 
 
-def test_of_data_sets_and_what_cannot_be_told(tmp_path):
-    model = make_classifier("linear")
+@pytest.mark.parametrize("layers", [0, 1])
+def test_of_data_sets_and_what_cannot_be_told(tmp_path, layers):
+    model = make_classifier("linear", projector_layers=layers)
     places = [make_image_folder(tmp_path / n, {"a": 9, "b": 7}, (40, 36)) for n in ("own", "other")]
     own, other = (sources.resolve(f"folder:{place}") for place in places)
     found = ood.evaluate(model, own, other, batch_size=4)

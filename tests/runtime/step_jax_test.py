@@ -159,8 +159,8 @@ _TRAIN = (
     _FLOAT64
     + _SMALL
     + """
-import sys, keras, numpy as np
-from etfzoo.runtime import backend; from etfzoo.measure import accuracy as evaluation
+import functools, sys, keras, numpy as np
+from etfzoo.runtime import backend, losses; from etfzoo.measure import accuracy as evaluation
 from etfzoo.models.classifier import build_classifier
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline
@@ -183,7 +183,8 @@ optimizer = keras.optimizers.SGD(2**-8, momentum=0.875, nesterov=True, name="sgd
 optimizer.build(model.trainable_variables)
 source = resolve("folder:" + folder)
 pipeline = Pipeline(source, 32, 32, 1.0, 12, Augmentation("shift", flip=True), seed=3)
-stepper = backend.Stepper(model, optimizer, strategy, 2**-10, label_smoothing=0.125)
+loss = functools.partial(losses.cross_entropy, label_smoothing=0.125)
+stepper = backend.Stepper(model, optimizer, strategy, 2**-10, loss)
 batches = iter(backend.distribute(strategy, lambda s: pipeline.training("train", 0, 0, s)))
 arrays = {"sums": sum(np.asarray(stepper.train(batches)) for _ in range(5))}
 arrays |= as_arrays(model.variables)

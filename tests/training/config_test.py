@@ -12,6 +12,7 @@ from etfzoo.errors import EtfzooError
 from etfzoo.layers import frames
 from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.models.classifier import ClassifierSpec
+from etfzoo.runtime import losses
 from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig, kind_of
 from etfzoo.training.job import Job
@@ -21,19 +22,22 @@ pytestmark = pytest.mark.small_rn18
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
-# A value of each setting that is no default, no protocol's value and not that of a data set's row.
+# What goes with few of the others.
+ALONE = {"init", "keep_head", "loss"}
+# A value of each other setting: no default, no protocol's value and not that of a data set's row.
 OTHER = {
     "dataset": "folder:photos", "data_dir": "/data", "train_split": "fit", "eval_split": "select",
     "backbone": "rn34", "head": "linear", "norm": "sw", "feature_norm": "l2", "scale": 3.5,
-    "frame": "orthogonal", "learn_scale": True,
+    "frame": "orthogonal", "learn_scale": True, "projector_layers": 2, "projector_width": 96,
     "initializer": "he_fan_out", "zero_gamma": True, "mean": (1.0, 2.0, 3.0),
     "std": (4.0, 5.0, 6.0), "image_size": 48, "image_size_schedule": ((16, 2), (24, 1)),
     "crop": 0.7, "augment": "shift", "min_area": 0.31, "antialias": False, "flip": False,
     "protocol": "quickstart", "epochs": 7, "batch_size": 33, "learning_rate": 0.037,
     "learning_rate_scaling": "sqrt", "schedule": "step", "warmup_epochs": 1.5,
     "step_epochs": (2, 5), "step_factor": 0.37, "momentum": 0.77, "nesterov": True,
-    "weight_decay": 3e-5, "decay_all": True, "label_smoothing": 0.07, "mixup": 0.3, "cutmix": 0.6,
-    "rand_augment": 3.0, "ema": 0.97, "mixed_precision": "float16", "seed": 3,
+    "weight_decay": 3e-5, "decay_all": True, "logit_adjustment": 1.5, "class_balance": 0.9,
+    "label_smoothing": 0.07, "mixup": 0.3, "cutmix": 0.6, "rand_augment": 3.0, "ema": 0.97,
+    "mixed_precision": "float16", "seed": 3,
     "deterministic": False, "strategy": "mirrored", "tpu": "local", "num_virtual_devices": 2,
     "cache": "device", "synchronize_norms": False, "steps_per_execution": 4, "jit_compile": True,
     "eval_every": 2, "neural_collapse_every": 3, "checkpoint_every": 11, "keep_checkpoints": 5,
@@ -42,10 +46,10 @@ OTHER = {
 
 
 def test_every_setting_is_declared_whole():
-    assert set(OTHER) | {"init", "keep_head"} == set(FIELDS)
+    assert set(OTHER) | ALONE == set(FIELDS)
     for name, field in FIELDS.items():
         assert field.metadata["group"] and len(field.metadata["help"]) > 5, name
-        if name not in ("dataset", "init", "keep_head"):
+        if name != "dataset" and name not in ALONE:
             assert field.default != OTHER[name], name
     TrainConfig("digits")  # the defaults go together
 
@@ -62,6 +66,7 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
     assert choices["feature_norm"] == FEATURE_NORMS
     assert choices["frame"] == tuple(frames.FRAMES)
     assert choices["augment"] == augmentation.CROPS
+    assert choices["loss"] == tuple(losses.LOSSES)
     for head in choices["head"]:
         ClassifierSpec("rn18", 5, head)
 
@@ -76,6 +81,9 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("epochs", True, "epochs must be a whole number"),
         ("epochs", 0, "epochs must be between 1 and 1000000; got 0"),
         ("batch_size", 0, "batch_size must be between 1 and"),
+        ("projector_layers", 4, "projector_layers must be between 0 and 3; got 4"),
+        ("projector_layers", True, "projector_layers must be a whole number"),
+        ("projector_width", 64, "a projector without a hidden layer is linear, .*in disguise"),
         ("step_epochs", [-3], "step_epochs must be between 0 and 1000000; got -3"),
         ("step_epochs", [1.5], "step_epochs must be a whole number"),
         ("scale", True, "scale must be a number"),
@@ -98,6 +106,9 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("train_split", "a\nb", "train_split must be 1 to 4096 letters in one line"),
         ("data_dir", "~nobody-of-this-name", "no home folder is known"),
         ("data_dir", "y" * 256, "a name of more than 255 bytes"),
+        ("loss", "mse", "unknown loss 'mse'; known: cross_entropy, dot_regression, squared_error"),
+        ("logit_adjustment", -1, "logit_adjustment must be between 0 and 100; got -1"),
+        ("class_balance", 1, "class_balance must be between 0 and 0.9999999; got 1"),
         ("crop", 1.2, "crop must be between 0.01 and 1; got 1.2"),
         ("dataset", None, "dataset must be text"),
         ("workers", 3, "unexpected keyword"),
@@ -116,6 +127,16 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
 def test_bad_values_are_named(name, value, message):
     with pytest.raises((EtfzooError, TypeError), match=message):
         TrainConfig(**{"dataset": "digits", name: value})
+
+
+@pytest.mark.parametrize("loss", ["dot_regression", "squared_error"])
+def test_what_only_the_cross_entropy_takes(loss):
+    for other in ({"label_smoothing": 0.1}, {"logit_adjustment": 1}):
+        with pytest.raises(EtfzooError, match=f"set them to 0 with `loss={loss}`"):
+            TrainConfig("digits", loss=loss, **other)
+    config = TrainConfig("digits", loss=loss, class_balance=0.9, mixup=0.2)
+    there = TrainConfig("digits", class_balance=0.9, mixup=0.2)
+    assert there.differences(config) == [f"loss cross_entropy there, {loss} here"]
 
 
 def test_a_file_gives_back_every_setting(tmp_path):
@@ -140,7 +161,8 @@ RUNTIME = {
 @pytest.mark.parametrize("name", OTHER)
 def test_what_may_differ_when_a_run_is_resumed(name):
     config = TrainConfig(**(OTHER | {"jit_compile": None}))
-    value = {"dataset": "digits", "jit_compile": True}.get(name, FIELDS[name].default)
+    others = {"dataset": "digits", "jit_compile": True, "projector_layers": 1}
+    value = others.get(name, FIELDS[name].default)
     differences = config.differences(dataclasses.replace(config, **{name: value}))
     if name in RUNTIME:
         assert differences == []
@@ -193,11 +215,20 @@ def test_the_arguments_of_a_job_give_its_config(init):
     known |= {"weight_decay": config.weight_decay} if init else {}
     if init:
         model = ("init", "backbone", "norm", "mean", "std", "feature_norm", "frame", "scale",
-                 "learn_scale")  # fmt: skip
+                 "learn_scale", "projector_layers", "projector_width")  # fmt: skip
         known |= {name: getattr(config, name) for name in model}
     given = [text for text in given if text.partition("=")[0][2:] not in ("model", *known)]
     found = from_flags(job.command, given, **known)
     assert found == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_the_loss_has_a_flag_that_arrives(command):
+    known = {"init": "runs/a"} if command == "finetune" else {}
+    config = TrainConfig("digits", loss="squared_error", **known)
+    assert "--loss=squared_error" in Job(config, "runs/b").arguments()
+    found = from_flags(command, ["--loss=squared_error", "--class_balance=0.99"], **known)
+    assert found["loss"] == "squared_error" and found["class_balance"] == 0.99
 
 
 def test_flags_left_alone_come_from_the_protocol_the_row_and_the_declaration():

@@ -1,6 +1,7 @@
 """Which run a workdir belongs to: ids, hashes, locks and data."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -89,6 +90,12 @@ def test_the_hash_of_settings_survives_json_and_new_settings(config):
     class Later(TrainConfig):
         brightness: float = setting("Data", 0.0, "a later setting", low=0, high=1)
 
+    old = TrainConfig("digits", backbone="rn18", epochs=2, scale=3, label_smoothing=0.1)
+    assert identity.settings_hash(old) == "ed55fe87ab3f6ab6473ae584f88710c1"  # at version 0.2.0
+    for other in ({"class_balance": 0.9}, {"logit_adjustment": 1.0}):
+        assert identity.settings_hash(dataclasses.replace(old, **other)) != (
+            identity.settings_hash(old)
+        )
     known = identity.settings_hash(config)
     later = Later(**dataclasses.asdict(config))
     assert identity.settings_hash(later) == known
@@ -183,3 +190,14 @@ def test_fingerprints_of_folders(tmp_path):
     assert renamed != before and renamed["classes"] == before["classes"]
     (photos / "b").rename(photos / "c")
     assert identity._changes(before, fingerprint())[0] == 'classes was ["a", "b"], is ["a", "c"]'
+
+
+def test_a_setting_that_is_new_changes_no_hash():
+    plain = TrainConfig("digits", head="linear")
+    # By hand: of the settings that are no defaults.
+    values = json.dumps({"dataset": "digits", "head": "linear"}).encode()
+    assert identity.settings_hash(plain) == hashlib.sha256(values).hexdigest()[:32]
+    off = dataclasses.replace(plain, projector_layers=0, projector_width=None)
+    on = dataclasses.replace(plain, projector_layers=1)
+    assert identity.settings_hash(off) == identity.settings_hash(plain)
+    assert identity.settings_hash(on) != identity.settings_hash(plain)

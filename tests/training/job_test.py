@@ -34,6 +34,15 @@ def test_a_job_survives_its_file(tmp_path):
     assert Job.load(tmp_path / "job.json") == job
 
 
+def test_what_a_kept_head_tells_is_no_flag():
+    fields = {"feature_norm": "l2", "projector_layers": 2, "projector_width": 24}
+    config = TrainConfig("digits", init="runs/a", keep_head=True, **fields)
+    flags = [text.partition("=")[0] for text in Job(config, "b").arguments()]
+    assert "--keep_head" in flags and not {f"--{name}" for name in fields} & set(flags)
+    new = TrainConfig("digits", **fields)
+    assert {"--projector_layers=2", "--projector_width=24"} < set(Job(new, "b").arguments())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -10,10 +10,11 @@ from PIL import Image
 
 import etfzoo
 from etfzoo import locks
+from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError, TrainingDiverged
-from etfzoo.measure import accuracy
+from etfzoo.measure import accuracy, features
 from etfzoo.models import checkpoint
 from etfzoo.runtime import hardware
 from etfzoo.training import loop, search
@@ -58,6 +59,10 @@ def finished(config, tmp_path_factory):
 
 def _final(workdir):
     return last_checkpoint(workdir)
+
+
+def _step(workdir, step):
+    return workdir / f"checkpoints/step-{step:010d}.npz"
 
 
 def _assert_same_end(a, b):
@@ -107,6 +112,36 @@ def test_resuming_ends_bit_equal(finished, config, tmp_path, step):
     assert not list(tmp_path.glob(".*.tmp"))
     assert (tmp_path / "metrics.csv").read_text() == (workdir / "metrics.csv").read_text()
     assert hardware.read(tmp_path)["seconds"] > 1000 or step == 8  # with those before the stop
+
+
+def test_a_run_with_a_projector(config, tmp_path):
+    """It resumes bit-equal, with 16 bits too; what is measured are the features."""
+    config = dataclasses.replace(
+        config, projector_layers=2, projector_width=24, feature_norm="l2", ema=0.9,
+        mixed_precision="bfloat16", neural_collapse_every=1,
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = loop.train_and_evaluate(config, whole)
+    (start, _), (end, _) = (last_checkpoint(whole, _step(whole, n)) for n in (1, 8))
+    moved = {name for name in end if not np.array_equal(start[name], end[name])}
+    parts = {name for name in end if name.startswith("model/projector")}
+    assert len(parts) == 10 and parts < moved and "model/logits/kernel" not in moved
+    killed.mkdir()
+    _begin(whole, killed, 6)
+    shutil.copy(whole / "config.json", killed)
+    _go_on(config, killed)
+    _assert_same_end(whole, killed)
+    # Behind the projector the head acts on something else than features.
+    measured = {name.split("/")[2] for name in result if name.startswith("nc/train/")}
+    assert {"nc1", "nc2_gram", "cdnv"} <= measured
+    assert not {name for name in measured if name.startswith(("nc3", "nc4"))}
+    model = etfzoo.load(whole)
+    assert model.spec.projector_layers == 2 and model.spec.projector_width == 24
+    source = resolve("digits", config.data_dir)
+    data = Pipeline(source, 16, 16, 1.0, 50, Augmentation("none", flip=False), 0)
+    found = features.Extractor(model).load(data, "train")
+    assert found.features.shape[1] == 32
+    assert result["nc/train/nc1"] == pytest.approx(features.collapse(found, 10)["nc1"], rel=1e-3)
 
 
 def test_several_steps_an_execution_change_nothing(finished, config, tmp_path):
@@ -206,6 +241,24 @@ def test_a_regularised_run_resumes_bit_equal(regularised, tmp_path):
     _assert_same_end(workdir, tmp_path)
 
 
+LOSSES = {
+    "balanced": {"logit_adjustment": 1.0, "class_balance": 0.99, "mixup": 0.2},
+    "dot": {"loss": "dot_regression", "feature_norm": "bn_l2", "class_balance": 0.9},
+}
+
+
+@pytest.mark.parametrize("changes", LOSSES.values(), ids=LOSSES)
+def test_a_run_with_another_loss_resumes_bit_equal(config, tmp_path, changes):
+    other = dataclasses.replace(config, **changes, epochs=1)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    result = loop.train_and_evaluate(other, whole)
+    _begin(whole, again, 2)
+    assert _go_on(other, again) == result
+    _assert_same_end(whole, again)
+    if "loss" in changes:  # of cosines: training tells half of their squared distance from 1
+        assert result["train_loss"] < 2 < result["loss"]
+
+
 def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
     workdir, config, result = regularised
     kept = [checkpoint.read(p)[0] for p in checkpoint.CheckpointManager(workdir).paths()[::-1]]
@@ -230,8 +283,9 @@ def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
 
 def test_configurations_written_before_the_regularisers_still_load(finished, config, tmp_path):
     values = json.loads((finished[0] / "config.json").read_text())
-    for name in ("mixup", "cutmix", "rand_augment", "ema"):
+    for name in ("mixup", "cutmix", "rand_augment", "ema", "logit_adjustment", "class_balance"):
         assert values.pop(name) == 0
+    assert values.pop("loss") == "cross_entropy"
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert TrainConfig.load(tmp_path / "config.json") == config
 
@@ -287,6 +341,8 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"epochs": 0}, "epochs must be between 1 and"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
+        ({"loss": "dot_regression"}, "`loss=dot_regression` compares cosines: it takes an etf"),
+        ({"loss": "squared_error", "label_smoothing": 0.1}, "belong to the cross-entropy"),
         ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),
         ({"cutmix": -1.0}, "cutmix must be between 0 and"),
         ({"rand_augment": 11}, "rand_augment must be between 0 and 10"),

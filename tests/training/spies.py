@@ -22,6 +22,7 @@ REPLICAS, STEPS = 3, 6
 SGD = keras.optimizers.SGD
 ROW = Dataset("pictures", 5, fit="one", select="two", test="three", metric="mean_per_class")
 SIZES = {"train": 300, "fit": 12 * STEPS + 7, "select": 20, "test": 40}
+COUNTS = {"fit": [40, 20, 12, 7, 0]}
 SCORES = (0.5, 0.8, 0.6, 0.7)  # of the evaluations: the second is the best
 
 
@@ -30,6 +31,9 @@ class Pictures(Source):
 
     def size(self, split):
         return SIZES[split]
+
+    def class_counts(self, split):
+        return np.array(COUNTS[split])
 
 
 PICTURES = Pictures("pictures", ROW, tuple("abcde"))
@@ -62,7 +66,7 @@ class Images:
     """A pipeline or a cache that gives no images; notes which were asked for."""
 
     def __init__(self, calls, side, source=None):
-        self.calls, self.side, self.batch_size = calls, side, 12
+        self.calls, self.side, self.batch_size, self.source = calls, side, 12, source
         self.lost = 2 if source is READABLE else 0
 
     def size(self, split):
@@ -91,7 +95,7 @@ def network(calls, side=48):
     x = keras.layers.BatchNormalization(name="features")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(x))
     model.spec = types.SimpleNamespace(
-        input_shape=(side, side, 3), crop=0.7, num_classes=5, head="linear"
+        input_shape=(side, side, 3), crop=0.7, num_classes=5, head="linear", penultimate="features"
     )
     model.at_size = lambda height, width: calls.note("at_size", height=height) or model
     return model

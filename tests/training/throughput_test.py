@@ -136,7 +136,7 @@ def test_profile_names_a_broken_image_or_leaves_it_out(tmp_path):
     broken.write_bytes(broken.read_bytes()[:300])
     config = TrainConfig(
         f"folder:{tmp_path}", backbone="rn18", head="linear", image_size=8, batch_size=8,
-        strategy="auto", train_split="train", ema=0.9,
+        strategy="auto", train_split="train", ema=0.9, class_balance=0.9,
     )  # fmt: skip
     with pytest.raises(EtfzooError, match=r"cat/7\.jpg .* is not a readable image"):
         throughput.profile(config, rounds=1, seconds=0.2)

@@ -6,7 +6,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from config_test import FIELDS
+from config_test import ALONE, FIELDS
 from spies import (
     CHANGED,
     PICTURES,
@@ -22,6 +22,7 @@ from spies import (
 )
 
 from etfzoo.errors import EtfzooError
+from etfzoo.runtime import losses
 from etfzoo.training import build
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
@@ -48,6 +49,8 @@ ARRIVES = {
     "frame": {"build_classifier": "frame"},
     "scale": {"build_classifier": "scale"},
     "learn_scale": {"build_classifier": "learn_scale"},
+    "projector_layers": {"build_classifier": "projector_layers"},
+    "projector_width": {"build_classifier": "projector_width"},
     "mean": {"build_classifier": "mean"},
     "std": {"build_classifier": "std"},
     "initializer": {"initialize": "initializer"},
@@ -63,7 +66,6 @@ ARRIVES = {
     "nesterov": {"SGD": "nesterov"},
     "weight_decay": {"Stepper": "weight_decay"},
     "decay_all": {"Stepper": "decay_all"},
-    "label_smoothing": {"Stepper": "label_smoothing", "evaluation_step": "label_smoothing"},
     "mixup": {"Mixing": "mixup"},
     "cutmix": {"Mixing": "cutmix"},
     "ema": {"WeightAverage": "decay"},
@@ -90,6 +92,20 @@ def rates(run):
     return [float(schedule(i)) for i in t], pytest.approx(list(by_hand), rel=1e-5)
 
 
+def loss_of(run):
+    """The options of the training loss, which is one at all sizes of the images."""
+    (loss,) = set(run.all("Stepper", "loss"))
+    assert loss.func is losses.cross_entropy
+    assert loss.keywords.keys() == {"label_smoothing", "adjustment", "class_weights"}
+    return loss.keywords
+
+
+def by_effective_number(beta):
+    counts = np.array([40, 20, 12, 7, 1])
+    weights = (1 - beta) / (1 - beta**counts)
+    return pytest.approx(weights * 79 / (weights * [40, 20, 12, 7, 0]).sum(), rel=1e-12)
+
+
 # What is seen of a setting that is no argument, and what that must be.
 SEEN = {
     "train_split": lambda run: (set(run.all("training", "split")), {"fit"}),
@@ -102,6 +118,15 @@ SEEN = {
         (run.all("training", "side"), run.all("at_size", "height")),
         ([16, 16, 24, 48, 48, 48, 48], [16, 24, 48]),
     ),
+    "label_smoothing": lambda run: (
+        (loss_of(run)["label_smoothing"], run.all("evaluation_step", "label_smoothing")),
+        (0.07, [0.07]),
+    ),
+    "logit_adjustment": lambda run: (
+        loss_of(run)["adjustment"],
+        pytest.approx(1.5 * np.log(np.array([40, 20, 12, 7, 1]) / 80), rel=1e-12),
+    ),
+    "class_balance": lambda run: (loss_of(run)["class_weights"], by_effective_number(0.9)),
     "protocol": lambda run: (
         json.loads(run.workdir.config.read_text())["protocol"],
         "quickstart",
@@ -140,7 +165,7 @@ def epochs_of_evaluations(run):
     return [row["epoch"] for row in rows if "top1" in row]
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in ("init", "keep_head")])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in ALONE])
 def test_every_setting_arrives(run, name):
     """A setting that is new and has no row above fails here."""
     assert (name in ARRIVES) != (name in SEEN), f"where does {name} go?"
@@ -200,7 +225,8 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
     assert given["model"] == "model rn34_sw.mine"
     assert (given["num_classes"], given["head"]) == (5, "linear")
     assert given["changes"] == {
-        "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "learn_scale": True, "seed": 3,
+        "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "learn_scale": True,
+        "projector_layers": 2, "projector_width": 96, "seed": 3,
         "input_shape": (48, 48, 3), "crop": 0.7,
         "class_names": tuple("abcde"), "dtype": "mixed_float16",
     }  # fmt: skip

@@ -30,6 +30,7 @@ def run_onnx(path, images):
         ("etf", {}),
         ("linear", {"norm": "sw"}),
         (None, {"input_shape": (None, None, 3)}),
+        ("etf", {"projector_layers": 2, "projector_width": 24}),
         pytest.param("linear", {"dtype": "mixed_bfloat16"}, marks=pytest.mark.slow),
     ],
 )

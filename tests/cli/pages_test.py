@@ -121,6 +121,7 @@ NOT_RUN = {
     "python recipes/finetune.py --model=rn18_etf --dataset=oxford_flowers102 *": HOURS,
     "python recipes/finetune.py --model=rn18_linear --dataset=oxford_flowers102 *": HOURS,
     "python recipes/table1.py --source=tiny_imagenet *": HOURS,
+    "KERAS_BACKEND=jax python recipes/table1.py --source=tiny_imagenet *": GPU,
     "python recipes/figure2.py --model=runs/t1_*": HOURS,
     "python recipes/figure3.py --models=runs/t1_*": HOURS,
     "python recipes/benchmark.py --backbone=rn50 *": MEASURED,

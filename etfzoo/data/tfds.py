@@ -256,8 +256,13 @@ def _tfds_builder(tfds, name, row, data_dir, prepare):
 
 
 def _place(name, data_dir) -> Path:
-    """Where the versions of a data set are, or a prepared folder itself."""
-    return files.expand(os.path.join(data_dir or ".", name.partition(":")[0]))
+    """Where the versions of a data set are, or a prepared folder itself.
+
+    Below the data directory; a path from the current folder where there is nothing.
+    """
+    bare = name.partition(":")[0]
+    below, here = files.expand(os.path.join(data_dir or ".", bare)), files.expand(bare)
+    return here if "/" in bare and not below.exists() and _prepared_folder(here) else below
 
 
 def _check_documents(folder, name):

@@ -457,8 +457,8 @@ def foreign(tmp_path_factory, embedded_dir):
     return root
 
 
-def test_prepared_folder_without_code(foreign, digits, monkeypatch):
-    versioned = foreign / "scans" / "1.0.0"
+def test_prepared_folder_without_code(foreign, digits, monkeypatch, tmp_path):
+    versioned, elsewhere = foreign / "scans" / "1.0.0", tmp_path
     monkeypatch.chdir(foreign)
     for name, data_dir in (
         ("scans", str(foreign)),
@@ -466,6 +466,7 @@ def test_prepared_folder_without_code(foreign, digits, monkeypatch):
         (str(versioned), None),
         (str(versioned), str(foreign)),
         ("scans/1.0.0", None),
+        ("scans/1.0.0", str(elsewhere)),  # a path from the current folder
     ):
         source = sources.resolve(name, data_dir)
         assert source.name == name and source.class_names == digits.class_names

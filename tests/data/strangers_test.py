@@ -251,7 +251,7 @@ BROKEN = {
     "features that are none": (lambda f: (f / "features.json").write_text("[]"), "no feature of"),
     "no classes": (classes("0"), "that it has 0 classes"),
     "a billion classes": (classes("1000000000"), "it has 1000000000 classes"),
-    "a label too many": (classes("2"), "labels are 0 to 1; of record made-.*2"),
+    "a label too many": (classes("2"), "cannot be read: the labels are 0 to 1; of record made-.*2"),
 }
 
 

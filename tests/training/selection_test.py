@@ -104,7 +104,7 @@ def frozen(monkeypatch):
 
 FROZEN = {
     "init": "x", "initializer": "glorot_uniform", "zero_gamma": False, "strategy": "auto",
-    "train_split": "train", "eval_split": "test",
+    "train_split": "train", "eval_split": "test", "projector_layers": 0, "projector_width": None,
 }  # fmt: skip
 
 

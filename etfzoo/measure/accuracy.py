@@ -11,6 +11,7 @@ import numpy as np
 
 from etfzoo import files
 from etfzoo.data.pipeline import evaluation_pipeline
+from etfzoo.errors import EtfzooError
 from etfzoo.measure import classes
 from etfzoo.progress import Progress
 from etfzoo.runtime import backend
@@ -105,6 +106,39 @@ def per_class_accuracy(predictions: Predictions, num_classes: int) -> np.ndarray
         predictions.labels[predictions.labels == predictions.predicted], minlength=num_classes
     )
     return np.divide(right, count, out=np.full(num_classes, np.nan), where=count > 0)
+
+
+def by_shots(labels, predicted, counts, many: int = 100, few: int = 20) -> dict[str, dict]:
+    """Accuracy of classes with many, some and few training images (Liu et al. 2019, "Large-scale
+    long-tailed recognition in an open world").
+
+    Args:
+        labels, predicted: true and predicted classes `[N]`.
+        counts: training images of each class `[K]`.
+        many: more training images than this are many.
+        few: fewer than this are few; what is between, both limits included, is medium.
+
+    Returns:
+        of `many`, `medium` and `few`: `accuracy`, the mean of the accuracies of its classes that
+        occur among the labels (None where there are none), and how many these are, `classes`.
+
+    Raises:
+        EtfzooError: `few` is larger than `many`, or a label that has no count.
+    """
+    labels, predicted, counts = map(np.asarray, (labels, predicted, counts))
+    if few > many:
+        raise EtfzooError(f"few ({few}) must not be more than many ({many})")
+    if len(labels) and labels.max() >= len(counts):
+        raise EtfzooError(f"there are counts of {len(counts)} classes, but none of {labels.max()}")
+    empty = np.zeros(len(labels))
+    shares = per_class_accuracy(Predictions(labels, predicted, empty, empty), len(counts))
+    groups = {"many": counts > many, "medium": (few <= counts) & (counts <= many)}
+    groups["few"] = counts < few
+    found = {name: shares[group & ~np.isnan(shares)] for name, group in groups.items()}
+    return {
+        name: {"accuracy": float(s.mean()) if len(s) else None, "classes": len(s)}
+        for name, s in found.items()
+    }
 
 
 def summary(predictions: Predictions, num_classes: int) -> dict[str, float]:

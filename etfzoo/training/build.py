@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from etfzoo.data.augmentation import Augmentation
+from etfzoo.data.long_tail import long_tailed
 from etfzoo.data.mixing import Mixing
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.readable import readable
@@ -119,6 +120,17 @@ def _with_its_head(start, source, config, common) -> ImageClassifier:
     return model
 
 
+def run_source(config: TrainConfig, source: Source, workdir=None, chief: bool = True) -> Source:
+    """The data set as a run sees it: without broken images, and its training split a long tail.
+
+    Args:
+        config, source, workdir, chief: see `make_pipeline`.
+    """
+    if config.skip_corrupt:
+        source = readable(source, None if workdir is None else Workdir(workdir).corrupt, chief)
+    return long_tailed(source, config.imbalance, config.train_split)
+
+
 def make_pipeline(
     config: TrainConfig, source: Source, model, workdir=None, chief: bool = True
 ) -> Pipeline:
@@ -131,10 +143,8 @@ def make_pipeline(
         workdir: where the list of corrupt images is kept, with `skip_corrupt`; None keeps none.
         chief: whether this process writes that list.
     """
-    if config.skip_corrupt:
-        source = readable(source, None if workdir is None else Workdir(workdir).corrupt, chief)
     pipeline = Pipeline(
-        source,
+        run_source(config, source, workdir, chief),
         model.spec.input_shape[0],
         model.spec.input_shape[1],
         model.spec.crop,

@@ -345,6 +345,14 @@ class TrainConfig:
         high=10**6,
         runtime=True,
     )
+    imbalance: float = setting(
+        "Data",
+        1.0,
+        "largest class by smallest of an exponential long tail that is made of the training "
+        "split, e.g. 100; 1 is off",
+        low=1,
+        high=10**6,
+    )
     skip_corrupt: bool = setting(
         "Data", False, "check every image of a split first and leave out broken ones"
     )

@@ -82,7 +82,7 @@ PLAIN = {
     "logit_adjustment": 0.0, "class_balance": 0.0, "label_smoothing": 0.0, "mixup": 0.0,
     "cutmix": 0.0, "rand_augment": 0.0, "ema": 0.0, "mixed_precision": "none", "seed": 0,
     "deterministic": True, "cache": "none", "synchronize_norms": True, "eval_every": 1,
-    "neural_collapse_every": 0, "skip_corrupt": False,
+    "neural_collapse_every": 0, "imbalance": 1.0, "skip_corrupt": False,
 }  # fmt: skip
 KORNBLITH = {
     "epochs": 50, "batch_size": 64, "learning_rate": 0.01, "nesterov": True,

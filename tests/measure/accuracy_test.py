@@ -80,6 +80,32 @@ def test_per_class_accuracy(predictions):
     np.testing.assert_allclose(shares, recalls(predictions), rtol=1e-12)
 
 
+@pytest.mark.parametrize("many, few", [(100, 20), (50, 50), (7, 0)])
+def test_accuracy_by_number_of_training_images(predictions, many, few):
+    counts = np.array([101, 100, 50, 20, 500, 19, 0])  # class 4 has no label
+    limits = {} if (many, few) == (100, 20) else {"many": many, "few": few}
+    found = accuracy.by_shots(*predictions[:2], counts, **limits)
+    groups = {"many": [], "medium": [], "few": []}
+    for number, count in enumerate(counts):
+        right = [p == number for y, p in zip(*predictions[:2], strict=True) if y == number]
+        group = "many" if count > many else "few" if count < few else "medium"
+        groups[group] += [np.mean(right)] if right else []
+    for name, shares in groups.items():
+        wanted = pytest.approx(np.mean(shares)) if shares else None
+        assert found[name] == {"accuracy": wanted, "classes": len(shares)}
+    assert [len(shares) for shares in groups.values()] == (
+        {100: [1, 3, 2], 50: [2, 1, 3], 7: [5, 1, 0]}[many]
+    )
+    json.dumps(found, allow_nan=False)
+
+
+def test_numbers_of_training_images_that_do_not_fit(predictions):
+    with pytest.raises(EtfzooError, match=r"few \(30\) must not be more than many \(20\)"):
+        accuracy.by_shots(*predictions[:2], np.ones(K), many=20, few=30)
+    with pytest.raises(EtfzooError, match="counts of 6 classes, but none of 6"):
+        accuracy.by_shots(*predictions[:2], np.ones(K - 1))
+
+
 def test_confusion_matrix(predictions):
     counts = accuracy.confusion_matrix(predictions, K)
     wanted = sklearn_metrics.confusion_matrix(*predictions[:2], labels=range(K))

@@ -21,6 +21,7 @@ _IMAGES = """
 import sys, itertools, numpy as np, tensorflow as tf
 from pathlib import Path
 from etfzoo.data.augmentation import Augmentation
+from etfzoo.data.long_tail import long_tailed
 from etfzoo.data.pipeline import Pipeline, InputShare
 from etfzoo.data.sources import resolve
 from etfzoo.runtime.device_cache import DeviceCache
@@ -64,6 +65,13 @@ for crop, flip, (height, width) in (
         expected = pipeline.training("train", epoch, start, share)
         check(expected, cache.training("train", epoch, start))
     check(pipeline.evaluation("test", share), cache.evaluation("test"))
+
+# A long tail: 9 and 3 images, of which no others are held.
+tail = Pipeline(long_tailed(source, 3, "train"), 24, 24, 0.875, 4, Augmentation("shift"), seed=3)
+cache = DeviceCache(tail, strategy)
+check(tail.training("train", 1, 1, share), cache.training("train", 1, 1))
+check(tail.evaluation("train", share), cache.evaluation("train"))
+assert all(len(images) == 12 for images, _ in cache._held.values())
 """
 
 

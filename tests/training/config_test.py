@@ -41,7 +41,7 @@ OTHER = {
     "deterministic": False, "strategy": "mirrored", "tpu": "local", "num_virtual_devices": 2,
     "cache": "device", "synchronize_norms": False, "steps_per_execution": 4, "jit_compile": True,
     "eval_every": 2, "neural_collapse_every": 3, "checkpoint_every": 11, "keep_checkpoints": 5,
-    "skip_corrupt": True,
+    "imbalance": 10.0, "skip_corrupt": True,
 }  # fmt: skip
 
 
@@ -109,6 +109,8 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("loss", "mse", "unknown loss 'mse'; known: cross_entropy, dot_regression, squared_error"),
         ("logit_adjustment", -1, "logit_adjustment must be between 0 and 100; got -1"),
         ("class_balance", 1, "class_balance must be between 0 and 0.9999999; got 1"),
+        ("imbalance", 0.5, "imbalance must be between 1 and 1000000; got 0.5"),
+        ("imbalance", float("nan"), "imbalance must be between 1 and"),
         ("crop", 1.2, "crop must be between 0.01 and 1; got 1.2"),
         ("dataset", None, "dataset must be text"),
         ("workers", 3, "unexpected keyword"),

@@ -92,7 +92,7 @@ def test_the_hash_of_settings_survives_json_and_new_settings(config):
 
     old = TrainConfig("digits", backbone="rn18", epochs=2, scale=3, label_smoothing=0.1)
     assert identity.settings_hash(old) == "ed55fe87ab3f6ab6473ae584f88710c1"  # at version 0.2.0
-    for other in ({"class_balance": 0.9}, {"logit_adjustment": 1.0}):
+    for other in ({"class_balance": 0.9}, {"logit_adjustment": 1.0}, {"imbalance": 10}):
         assert identity.settings_hash(dataclasses.replace(old, **other)) != (
             identity.settings_hash(old)
         )

@@ -17,7 +17,7 @@ from etfzoo.errors import EtfzooError, TrainingDiverged
 from etfzoo.measure import accuracy, features
 from etfzoo.models import checkpoint
 from etfzoo.runtime import hardware
-from etfzoo.training import loop, search
+from etfzoo.training import build, loop, search
 from etfzoo.training.config import TrainConfig
 from testing import last_checkpoint
 
@@ -244,6 +244,7 @@ def test_a_regularised_run_resumes_bit_equal(regularised, tmp_path):
 LOSSES = {
     "balanced": {"logit_adjustment": 1.0, "class_balance": 0.99, "mixup": 0.2},
     "dot": {"loss": "dot_regression", "feature_norm": "bn_l2", "class_balance": 0.9},
+    "tail": {"imbalance": 5.0, "logit_adjustment": 1.0, "batch_size": 20},
 }
 
 
@@ -257,6 +258,24 @@ def test_a_run_with_another_loss_resumes_bit_equal(config, tmp_path, changes):
     _assert_same_end(whole, again)
     if "loss" in changes:  # of cosines: training tells half of their squared distance from 1
         assert result["train_loss"] < 2 < result["loss"]
+
+
+@pytest.mark.parametrize("split", ["train", "fit"])
+def test_losses_count_the_classes_of_the_long_tail(config, split):
+    tailed = dataclasses.replace(
+        config, imbalance=5.0, logit_adjustment=2.0, class_balance=0.9, train_split=split
+    )
+    source = resolve("digits", config.data_dir)
+    seen = build.run_source(tailed, source)
+    counts = np.bincount([r["label"] for r in seen.records(split)])
+    before = np.bincount([r["label"] for r in source.records(split)])
+    assert counts.max() >= 4 * counts.min() and (before > counts).any()
+    options = build.make_loss(tailed, None, seen).keywords
+    wanted = 2 * np.log(counts / counts.sum())
+    np.testing.assert_allclose(options["adjustment"], wanted, rtol=1e-6)
+    weights = (1 - 0.9) / (1 - 0.9**counts)
+    weights *= counts.sum() / (weights * counts).sum()
+    np.testing.assert_allclose(options["class_weights"], weights, rtol=1e-6)
 
 
 def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
@@ -285,7 +304,7 @@ def test_configurations_written_before_the_regularisers_still_load(finished, con
     values = json.loads((finished[0] / "config.json").read_text())
     for name in ("mixup", "cutmix", "rand_augment", "ema", "logit_adjustment", "class_balance"):
         assert values.pop(name) == 0
-    assert values.pop("loss") == "cross_entropy"
+    assert values.pop("loss") == "cross_entropy" and values.pop("imbalance") == 1
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert TrainConfig.load(tmp_path / "config.json") == config
 
@@ -344,6 +363,7 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"loss": "dot_regression"}, "`loss=dot_regression` compares cosines: it takes an etf"),
         ({"loss": "squared_error", "label_smoothing": 0.1}, "belong to the cross-entropy"),
         ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),
+        ({"imbalance": 300}, "`imbalance=300` leaves class 5 of split 'train' of digits without"),
         ({"cutmix": -1.0}, "cutmix must be between 0 and"),
         ({"rand_augment": 11}, "rand_augment must be between 0 and 10"),
         ({"ema": 1.0}, "ema must be between 0 and 0.9999999"),

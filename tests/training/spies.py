@@ -160,6 +160,7 @@ def spied_run(config, workdir, patch):
     patch.setattr("etfzoo.training.build.load", lambda handle: f"model {handle}")
     replace(build.initialization, "initialize")
     replace(build, "readable", lambda a: READABLE)
+    replace(build, "long_tailed", lambda a: a["source"])
     replace(build, "Pipeline", lambda a: Images(calls, a["height"], a["source"]))
     replace(build, "Augmentation", Augmentation)
     replace(build, "Mixing", build.Mixing)

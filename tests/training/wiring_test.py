@@ -62,6 +62,7 @@ ARRIVES = {
     "flip": {"Augmentation": "flip"},
     "rand_augment": {"Augmentation": "rand_augment"},
     "batch_size": {"Pipeline": "batch_size"},
+    "imbalance": {"long_tailed": "imbalance"},
     "momentum": {"SGD": "momentum"},
     "nesterov": {"SGD": "nesterov"},
     "weight_decay": {"Stepper": "weight_decay"},

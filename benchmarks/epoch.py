@@ -71,7 +71,8 @@ def main():
     print(f"{cpu}, {os.cpu_count()} cores, TensorFlow {tf.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         known = identity.claim(config, folder, {})
-        run = Timed(config, Workdir(folder), strategy, pipeline, model, None, known)
+        loss = build.make_loss(config, model.spec, pipeline.source)
+        run = Timed(config, Workdir(folder), strategy, pipeline, model, loss, None, known)
         run.start, run.seconds = time.monotonic(), 0.0
         bare = backend.repeated(strategy, *(x.numpy() for x in batch))
         rows = []

@@ -74,6 +74,7 @@ def main():
         loss = build.make_loss(config, model.spec, pipeline.source)
         run = Timed(config, Workdir(folder), strategy, pipeline, model, loss, None, known)
         run.start, run.seconds = time.monotonic(), 0.0
+        run.writer = tf.summary.create_noop_writer()
         bare = backend.repeated(strategy, *(x.numpy() for x in batch))
         rows = []
         with StopRequest() as stop:

@@ -20,7 +20,7 @@ import os
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
-from etfzoo.training.config import SEEDS
+from etfzoo.training.settings import SEEDS
 
 import numpy as np  # isort: skip (after cli, which says what to do where it is missing)
 

@@ -15,16 +15,9 @@ from absl import flags
 from etfzoo import files
 from etfzoo.errors import EtfzooError, shown
 from etfzoo.models.table import MAX_VERSION
-from etfzoo.training.config import (
-    IMAGE_SIZES,
-    MOST_IMAGES,
-    SEEDS,
-    TrainConfig,
-    check,
-    checked,
-    kind_of,
-)
+from etfzoo.training.config import TrainConfig
 from etfzoo.training.protocols import PROTOCOLS, settings_of_rows
+from etfzoo.training.settings import IMAGE_SIZES, MOST_IMAGES, SEEDS, check, checked, kind_of
 
 FLAGS = flags.FLAGS
 # Settings that some protocol gives.

@@ -19,8 +19,8 @@ from etfzoo.cli import app, flags
 from etfzoo.cli.finetune import MODES
 from etfzoo.cli.flags import FLAGS, as_started
 from etfzoo.models.table import BACKBONES, METHODS
-from etfzoo.training.config import MOST_IMAGES, SEEDS
 from etfzoo.training.protocols import PROTOCOLS
+from etfzoo.training.settings import MOST_IMAGES, SEEDS
 
 # Few epochs at the rates of the demo, and a search of the fine-tuning's rate in each cell.
 QUICK = {

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo import files
-from etfzoo.data.datasets import DATASETS, EMBEDDED, Dataset
+from etfzoo.data.datasets import DATASETS, EMBEDDED, WORDS, Dataset
 from etfzoo.data.source import KEYS, Source, naming_source, ordered, reading
 from etfzoo.errors import EtfzooError, first_line, unknown
 
@@ -21,8 +21,6 @@ log = logging.getLogger("etfzoo")
 
 # Splits up to this size are kept in memory, encoded; of larger ones as much is shuffled at a time.
 MEMORY_BYTES = 1 << 30
-# A file beside the records of a TFDS data set: its lines end with a class name, a tab, its meaning.
-WORDS = "words.txt"
 # Names are made of what a file says is their number.
 _MOST_CLASSES = 10**6
 

@@ -13,7 +13,8 @@ import uuid
 from etfzoo import files
 from etfzoo.errors import EtfzooError
 from etfzoo.models import checkpoint
-from etfzoo.training.config import TrainConfig, kind_of
+from etfzoo.training.config import TrainConfig
+from etfzoo.training.settings import kind_of
 from etfzoo.workdir import Workdir
 
 _RUN, _SETTINGS = "run", "settings"  # keys of config.json, and of a checkpoint's state

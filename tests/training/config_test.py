@@ -14,8 +14,9 @@ from etfzoo.layers.etf_classifier import FEATURE_NORMS
 from etfzoo.models.classifier import ClassifierSpec
 from etfzoo.runtime import losses
 from etfzoo.training import protocols
-from etfzoo.training.config import TrainConfig, kind_of
+from etfzoo.training.config import TrainConfig
 from etfzoo.training.job import Job
+from etfzoo.training.settings import kind_of
 from testing import fresh_python
 
 pytestmark = pytest.mark.small_rn18

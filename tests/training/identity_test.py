@@ -12,7 +12,8 @@ from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError
 from etfzoo.models import checkpoint
 from etfzoo.training import identity, loop
-from etfzoo.training.config import TrainConfig, setting
+from etfzoo.training.config import TrainConfig
+from etfzoo.training.settings import setting
 from etfzoo.workdir import Workdir
 from testing import held_by_another_process, make_image_folder
 

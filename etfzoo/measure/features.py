@@ -111,7 +111,9 @@ class Extractor:
         return found
 
 
-def extract(model, source, split: str, batch_size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+def extract(
+    model, source, split: str, batch_size: int = 128, cache=None
+) -> tuple[np.ndarray, np.ndarray]:
     """Pooled features of the evaluation images of a split, at the model's own image size.
 
     Args:
@@ -119,6 +121,7 @@ def extract(model, source, split: str, batch_size: int = 128) -> tuple[np.ndarra
         source: see `etfzoo.data.sources.resolve`.
         split: split or role.
         batch_size: images a step.
+        cache: see `Extractor.load`.
 
     Returns:
         features, float64 `[N, p]`, and class numbers `[N]`.
@@ -129,7 +132,7 @@ def extract(model, source, split: str, batch_size: int = 128) -> tuple[np.ndarra
     if batch_size < 1:
         raise EtfzooError(f"the batch size must be at least 1; got {batch_size}")
     pipeline = evaluation_pipeline(model.spec, source, batch_size)
-    found = Extractor(model).load(pipeline, split)
+    found = Extractor(model).load(pipeline, split, cache)
     return np.asarray(found.features, np.float64), found.labels
 
 

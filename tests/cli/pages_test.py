@@ -99,6 +99,7 @@ DOWNLOAD = "a download of hundreds of megabytes"
 MEASURED = "minutes to hours of measuring on a quiet machine"
 NOT_RUN = {
     "python recipes/pretrain.py --head=etf": IMAGENET,
+    "python recipes/pretrain.py --dataset=imagenet2012 --data_dir=indexed": IMAGENET,
     "etfzoo pretrain --head=etf": IMAGENET,
     "python recipes/pretrain.py --head=linear --norm=sw --protocol=sw_official": IMAGENET,
     "python recipes/pretrain.py --head=etf --strategy=mirrored*": GPU,

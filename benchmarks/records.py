@@ -206,7 +206,7 @@ def uniformity(size=1_281_167):
     print("|---|---|---|---|---|---|")
     for name, make in (
         ("16 rounds (etfzoo)", ours),
-        ("4 rounds (`index_shuffle`, Grain)", four_rounds),
+        ("4 rounds (`index_shuffle`)", four_rounds),
         ("NumPy's", lambda seed: np.random.default_rng(seed).permutation(size)),
     ):
         rows = np.array([figures(make(seed)) for seed in (1, 2, 3)])

@@ -3,7 +3,7 @@
 Grain is not used: the place in an epoch is (epoch, step) in each checkpoint already, the order is
 a permutation without a table (`etfzoo.data.source.shuffled`), and images are decoded by TensorFlow
 in this process. What is left is this reader. (`ArrayRecordDataSource.__getitems__` of the package
-starts a pool of threads a call, which costs 3 times the reading.)
+starts a pool of threads a call, which takes 2 to 4 times the CPU of the reading itself.)
 """
 
 import contextlib

@@ -225,8 +225,8 @@ def shuffled(numbers: tf.data.Dataset, seed: int, size: int) -> tf.data.Dataset:
     """What stands at these places when 0 to `size` - 1 are in the order of a seed, int64.
 
     The order is a permutation that a block cipher computes, place by place, without a table.
-    `tf.random.experimental.index_shuffle` and Grain take 4 rounds of it, which leaves neighbours
-    correlated by 0.01 to 0.05 (benchmarks/records.py); with 16 no bias was found.
+    `tf.random.experimental.index_shuffle` takes 4 rounds of it, which leaves neighbours correlated
+    by up to 0.05 (benchmarks/records.py); with 16 no bias was found.
     """
     key = np.random.SeedSequence(seed).generate_state(3)
 

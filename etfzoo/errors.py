@@ -81,7 +81,8 @@ def first_line(error) -> str:
     if text.startswith("Graph execution error"):
         text = text.splitlines()[-1]
     text = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", text)
-    text = re.sub(r"^Error in user-defined function passed to .* iterator: [\w:]+: ", "", text)
+    text = re.sub(r"^Error in user-defined function passed to .* iterator: [\w:\[\]]+: ", "", text)
+    text = re.sub(r"^RuntimeError: (?=.*\nTraceback)", "", text)  # of a function in Python
     if text.startswith("assertion failed: ["):
         text = text[len("assertion failed: [") : -1].replace("] [", " ")
     lines = text.splitlines()

@@ -1,4 +1,4 @@
-"""Makes the data set `tiny_imagenet` from the public archive of Tiny ImageNet, which TFDS lacks."""
+"""Makes the data set `tiny_imagenet` from its public archive, or one that is read by index."""
 
 import recipe
 

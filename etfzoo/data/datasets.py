@@ -52,9 +52,6 @@ class Dataset:
 _IMAGENET_TERMS = "ImageNet's terms: non-commercial research and education only"
 _CIFAR_TERMS = "none stated; its authors ask to be cited (Krizhevsky 2009)"
 
-# A file beside the records of a TFDS data set: its lines end with a class name, a tab, its meaning.
-WORDS = "words.txt"
-
 EMBEDDED = ("shapes/source", "shapes/textures", "shapes/outlines", "digits")
 
 # Split sizes: the TFDS catalogue. Metrics: Kornblith et al. 2019, table 1, which scores Pets and

@@ -12,7 +12,7 @@ import tensorflow as tf
 from etfzoo import files
 from etfzoo.data.datasets import Dataset
 from etfzoo.data.decoding import SUFFIXES
-from etfzoo.data.source import KEYS, Source, ordered
+from etfzoo.data.source import ALL, KEYS, Source, ordered
 from etfzoo.errors import EtfzooError
 
 log = logging.getLogger("etfzoo")
@@ -53,14 +53,14 @@ class _FolderSource(Source):
     def size(self, split):
         return len(self._files(split))
 
-    def records(self, split, shuffle_seed=None, images=True):
+    def records(self, split, shuffle_seed=None, images=True, places=ALL):
         items = self._files(split)
         columns = {
             "record": tf.constant([os.fsencode(path) for path, _ in items]),
             "label": tf.constant([label for _, label in items], tf.int32),
         }
         columns["key"] = tf.strings.to_hash_bucket_fast(columns["record"], KEYS)
-        records = ordered(columns, shuffle_seed)
+        records = ordered(columns, shuffle_seed, places)
         if not images:
             return records
         root = os.fsencode(self.root) + os.sep.encode()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from etfzoo.data.source import Source, naming_source
+from etfzoo.data.source import ALL, Source, naming_source, same_name
 from etfzoo.errors import EtfzooError
 
 log = logging.getLogger("etfzoo")
@@ -43,6 +43,7 @@ class _Tail(NamedTuple):
 
     counts: np.ndarray  # [K]
     last: np.ndarray  # [K]: the largest rank that is kept of a class
+    kept: np.ndarray  # the places in file order that are kept
     places: np.ndarray | None  # [N]: the new `index` by the old one, if there is one
 
 
@@ -80,11 +81,25 @@ class LongTailSource(Source):
         tail = self._tail(split)
         return self.source.class_counts(split) if tail is None else tail.counts.copy()
 
-    def records(self, split, shuffle_seed=None, images=True):
+    def by_index(self, split):
+        return self.source.by_index(split)
+
+    def read(self, split, numbers, images=True):
         tail = self._tail(split)
-        records = self.source.records(split, shuffle_seed, images)
+        if tail is not None:
+            kept = tf.constant(tail.kept)
+            numbers = numbers.map(lambda n: tf.gather(kept, n))
+        return self.source.read(split, numbers, images)
+
+    def records(self, split, shuffle_seed=None, images=True, places=ALL):
+        if self.by_index(split):
+            return super().records(split, shuffle_seed, images, places)
+        tail = self._tail(split)
         if tail is None:
-            return records
+            return self.source.records(split, shuffle_seed, images, places)
+        return places.of(self._filtered(tail, self.source.records(split, shuffle_seed, images)))
+
+    def _filtered(self, tail, records):
         last = tf.constant(tail.last)
         records = records.filter(lambda r: _rank(r) <= tf.gather(last, r["label"]))
         if tail.places is None:
@@ -129,7 +144,7 @@ class LongTailSource(Source):
         if "index" in columns:
             places = np.zeros(1 + columns["index"].max(), np.int64)
             places[columns["index"]] = np.cumsum(kept) - 1
-        return _Tail(counts, last, places)
+        return _Tail(counts, last, np.flatnonzero(kept), places)
 
     def _check(self, name, present, wanted):
         empty = np.flatnonzero((present > 0) & (wanted == 0))
@@ -142,7 +157,7 @@ class LongTailSource(Source):
 
 
 def _rank(record):
-    return tf.strings.to_hash_bucket_fast(record["record"], _RANKS)
+    return tf.strings.to_hash_bucket_fast(same_name(record["record"]), _RANKS)
 
 
 def long_tailed(source: Source, imbalance: float, split: str) -> Source:

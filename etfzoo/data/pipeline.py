@@ -2,7 +2,8 @@
 
 What an image looks like is a function of (seed, epoch, example), with mixing also of its neighbour
 in the epoch's order: resuming at a step shows exactly what the uninterrupted run would have shown.
-Records that were seen already are skipped encoded.
+Records that were seen already are skipped encoded, and not read at all where a source is read by
+index; see `etfzoo.data.source.Places`.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from etfzoo.data import augment
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing, mix_pair
 from etfzoo.data.readable import why_unreadable
-from etfzoo.data.source import Source, naming_source
+from etfzoo.data.source import Places, Source, naming_source
 from etfzoo.errors import EtfzooError
 
 PARALLEL = os.cpu_count()  # examples at a time
@@ -109,7 +110,7 @@ class Pipeline:
 
         With a share these are the batches of its replicas, one after the other. The order of the
         examples is the same whatever the number of replicas, and records of others' shares are
-        left out encoded.
+        left out encoded, or not read at all.
 
         Args:
             split: split or role.
@@ -149,12 +150,11 @@ class Pipeline:
 
         `images`: see `etfzoo.data.source.Source.records`.
         """
-        records = self.source.records(split, self._epoch_seeds(epoch)[0], images)
-        records = records.skip(start_step * self.batch_size)
+        whole = None
         if share is not None:
-            whole = (self.size(split) // self.batch_size - start_step) * self.batch_size
-            records = self._shared(records.take(whole), share)
-        return records
+            whole = self.size(split) // self.batch_size * self.batch_size
+        places = self._places(share, start_step * self.batch_size, whole)
+        return self.source.records(split, self._epoch_seeds(epoch)[0], images, places)
 
     def draw_seed(self, epoch: int):
         """A function from a record to the stateless seed, int32 `[2]`, of its draws in an epoch."""
@@ -180,12 +180,16 @@ class Pipeline:
 
         `images`: see `etfzoo.data.source.Source.records`.
         """
-        records = self.source.records(split, images=images)
-        if share is not None:
-            fill = records.take(1).repeat(-self.size(split) % self.batch_size)
-            fill = fill.map(lambda record: record | {"label": tf.constant(-1, tf.int32)})
-            records = self._shared(records.concatenate(fill), share)
-        return records
+        places = self._places(share)
+        records = self.source.records(split, images=images, places=places)
+        size = self.size(split)
+        filled = size + -size % self.batch_size
+        missing = places.number_of(filled) - places.number_of(size)
+        if share is None or not missing:
+            return records
+        fill = self.source.records(split, images=images, places=Places(0, 1)).repeat(missing)
+        fill = fill.map(lambda record: record | {"label": tf.constant(-1, tf.int32)})
+        return records.concatenate(fill)
 
     def fingerprint(self, split: str) -> str:
         """SHA-256 of the encoded images and labels of a split or role, in file order."""
@@ -214,7 +218,8 @@ class Pipeline:
                 yield
         except tf.errors.InvalidArgumentError as error:
             order = None if epoch is None else self._epoch_seeds(epoch)[0]
-            records = self.source.records(split, order).skip(start_step * self.batch_size)
+            left = self._places(None, start_step * self.batch_size)
+            records = self.source.records(split, order, places=left)
             with naming_source(name):
                 for record in records:
                     reason = why_unreadable(record["image"])
@@ -231,16 +236,10 @@ class Pipeline:
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(2)
         return tuple(int(s) & 0x7FFFFFFF for s in state)
 
-    def _shared(self, records, share):
-        """The records of a share: a run of neighbours in each global batch."""
-        if share.count == 1:
-            return records
-        size = self.batch_size // share.count
-
-        def mine(number, record):
-            return number % self.batch_size // size == share.index
-
-        return records.enumerate().filter(mine).map(lambda number, record: record)
+    def _places(self, share, start=0, stop=None):
+        """Those of a share from `start` to `stop`: a run of neighbours in each global batch."""
+        share = share or InputShare()
+        return Places(start, stop, self.batch_size, share.index, share.count)
 
     def batched(self, examples, share: InputShare | None, drop_remainder: bool) -> tf.data.Dataset:
         """Batches of a share of examples, prefetched; in the order of the examples."""

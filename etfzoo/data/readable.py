@@ -6,11 +6,12 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 from etfzoo import files
 from etfzoo.data import decoding
-from etfzoo.data.source import Source, naming_source
+from etfzoo.data.source import ALL, Source, naming_source
 from etfzoo.errors import EtfzooError, first_line
 
 log = logging.getLogger("etfzoo")
@@ -47,13 +48,25 @@ class ReadableSource(Source):
     def size(self, split):
         return self.source.size(split) - len(self._lost(split))
 
-    def records(self, split, shuffle_seed=None, images=True):
-        records = self.source.records(split, shuffle_seed, images)
+    def by_index(self, split):
+        return self.source.by_index(split)
+
+    def read(self, split, numbers, images=True):
+        lost = np.sort(self.source.find(split, self._lost(split)))
+        # Before the i-th that is lost stand as many as are kept.
+        kept = tf.constant(lost - np.arange(len(lost)), tf.int64)
+        numbers = numbers.map(lambda n: n + tf.searchsorted(kept, [n], "right", tf.int64)[0])
+        return self.source.read(split, numbers, images)
+
+    def records(self, split, shuffle_seed=None, images=True, places=ALL):
+        if self.by_index(split):
+            return super().records(split, shuffle_seed, images, places)
         lost = self._lost(split)
         if not lost:
-            return records
+            return self.source.records(split, shuffle_seed, images, places)
+        records = self.source.records(split, shuffle_seed, images)
         lost = tf.constant([os.fsencode(name) for name in lost])
-        return records.filter(lambda record: tf.reduce_all(record["record"] != lost))
+        return places.of(records.filter(lambda r: tf.reduce_all(r["record"] != lost)))
 
     def _lost(self, split):
         split = self.split(split)

@@ -1,26 +1,21 @@
 """Data sets of tensorflow_datasets (TFDS) as sources; TFDS is imported when one is opened."""
 
 import contextlib
-import dataclasses
-import hashlib
 import logging
 import os
 import re
-import stat
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from etfzoo import files
-from etfzoo.data.datasets import DATASETS, EMBEDDED, WORDS, Dataset
-from etfzoo.data.source import KEYS, Source, naming_source, ordered, reading
+from etfzoo.data.datasets import DATASETS, EMBEDDED, Dataset
+from etfzoo.data.source import Source
+from etfzoo.data.tfds_source import TfdsSource, file_size
 from etfzoo.errors import EtfzooError, first_line, unknown
 
 log = logging.getLogger("etfzoo")
 
-# Splits up to this size are kept in memory, encoded; of larger ones as much is shuffled at a time.
-MEMORY_BYTES = 1 << 30
 # Names are made of what a file says is their number.
 _MOST_CLASSES = 10**6
 
@@ -56,7 +51,7 @@ def open_tfds(name: str, data_dir: str | None = None, prepare: bool = True) -> S
     names = tuple(label.names) if label.num_classes == len(label.names or ()) else ()
     if not names:
         names = tuple(str(i) for i in range(label.num_classes))
-    return _TfdsSource(
+    return TfdsSource(
         name=name,
         row=row or _derived_row(name, builder),
         class_names=names,
@@ -64,159 +59,6 @@ def open_tfds(name: str, data_dir: str | None = None, prepare: bool = True) -> S
         image_key=image_key,
         label_key=label_key,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _TfdsSource(Source):
-    builder: object
-    image_key: str
-    label_key: str
-    memory: dict = dataclasses.field(default_factory=dict)
-
-    @property
-    def class_descriptions(self):
-        try:
-            text = Path(self.builder.data_dir, WORDS).read_text("utf-8")
-        except (OSError, ValueError):
-            return None
-        words = dict(line.split("\t")[-2:] for line in text.splitlines() if "\t" in line)
-        found = tuple(words.get(name) for name in self.class_names)
-        return None if None in found else found
-
-    def fingerprint(self):
-        info = self.builder.info
-        splits = {
-            f"split {name}": {
-                "images": split.num_examples,
-                "bytes": split.num_bytes,
-                "files": hashlib.sha256(repr(tuple(split.shard_lengths)).encode()).hexdigest(),
-            }
-            for name, split in sorted(info.splits.items())
-        }
-        return super().fingerprint() | {"name": info.full_name} | splits
-
-    def size(self, split):
-        return self._info(split).num_examples
-
-    def _info(self, split):
-        split = self.split(split)
-        try:
-            info = self.builder.info.splits[split]
-        except (KeyError, ValueError, AssertionError) as error:
-            known = ", ".join(self.builder.info.splits)
-            raise EtfzooError(
-                f"data set {self.name} has no split {split!r}; it has: {known}"
-            ) from error
-        if info.num_examples <= 0:
-            raise EtfzooError(f"split {split!r} of data set {self.name} is empty")
-        return info
-
-    def records(self, split, shuffle_seed=None, images=True):
-        if self._bytes(split) > MEMORY_BYTES:
-            return self._stream(split, shuffle_seed)
-        if split not in self.memory:
-            with naming_source(self.name), _naming_damaged(self._files(split)):
-                self.memory[split] = _in_memory(self._stream(split, None))
-        columns = self.memory[split]
-        if not images:
-            columns = {name: column for name, column in columns.items() if name != "image"}
-        return ordered(columns, shuffle_seed)
-
-    def _stream(self, split, shuffle_seed):
-        import tensorflow_datasets as tfds
-
-        info = self._info(split)
-        shuffle = shuffle_seed is not None
-        dataset = self.builder.as_dataset(
-            split=self.split(split),
-            shuffle_files=shuffle,
-            decoders={self.image_key: tfds.decode.SkipDecoding()},
-            read_config=tfds.ReadConfig(
-                options=reading(),
-                shuffle_seed=shuffle_seed,
-                # One file after the other is what makes file order an order.
-                interleave_cycle_length=16 if shuffle else 1,
-                try_autocache=False,
-                add_tfds_id=True,
-                skip_prefetch=True,
-            ),
-        )
-
-        def record(example):
-            label, name = tf.cast(example[self.label_key], tf.int32), example["tfds_id"]
-            known = (label >= 0) & (label < self.num_classes)
-            message = f"the labels are 0 to {self.num_classes - 1}; of record", name, "it is", label
-            with tf.control_dependencies([tf.debugging.Assert(known, message)]):
-                label = tf.identity(label)
-            return {
-                "image": example[self.image_key],
-                "label": label,
-                "key": tf.strings.to_hash_bucket_fast(name, KEYS),
-                "record": name,
-            }
-
-        dataset = dataset.map(record, num_parallel_calls=2)
-        if shuffle:
-            per_example = max(self._bytes(split) / max(info.num_examples, 1), 1)
-            buffer = max(1, min(info.num_examples, int(MEMORY_BYTES / per_example)))
-            dataset = dataset.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
-        return dataset
-
-    def _files(self, split):
-        info = self._info(split)
-        try:
-            return sorted(set(info.filepaths))
-        except ValueError as error:
-            raise EtfzooError(
-                f"dataset_info.json of data set {self.name} does not tell the names of its files: "
-                f"{first_line(error)}"
-            ) from error
-
-    def _bytes(self, split):
-        """Bytes of the files that a split is read from.
-
-        Raises:
-            EtfzooError: one is missing, no regular file, or outside of the data set's folder.
-        """
-        folder = self.builder.data_dir
-        return sum(_size(path, folder, self.name) for path in self._files(split))
-
-
-def _size(path, folder, name) -> int:
-    """Bytes of a file of a data set.
-
-    Raises:
-        EtfzooError: it is missing, no regular file, or outside of the data set's folder.
-    """
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise EtfzooError(f"{path} of data set {name}: {error.strerror or error}") from error
-    folder = os.path.realpath(folder)
-    inside = os.path.commonpath([folder, os.path.realpath(path)]) == folder
-    if not stat.S_ISREG(found.st_mode) or not inside:
-        raise EtfzooError(f"{path} of data set {name} is no file in the folder of the data set")
-    return found.st_size
-
-
-@contextlib.contextmanager
-def _naming_damaged(paths):
-    """Names the file in which TensorFlow finds a damaged record."""
-    try:
-        yield
-    except tf.errors.DataLossError as error:
-        for path in paths:
-            try:
-                for _ in tf.data.TFRecordDataset(os.fspath(path)):
-                    pass
-            except tf.errors.DataLossError:
-                raise EtfzooError(f"{path} is damaged: {first_line(error)}") from error
-        raise
-
-
-def _in_memory(records: tf.data.Dataset) -> dict:
-    batches = list(records.batch(4096))
-    return {k: tf.concat([b[k] for b in batches], axis=0) for k in batches[0]}
 
 
 def _tfds_builder(tfds, name, row, data_dir, prepare):
@@ -267,7 +109,7 @@ def _check_documents(folder, name):
     """Raises EtfzooError where TFDS would read a file elsewhere, or wait for a FIFO for ever."""
     for path in (*folder.glob("*.json"), *folder.glob("*.txt")) if folder else ():
         if not path.is_dir():
-            _size(path, folder, name)
+            file_size(path, folder, name)
 
 
 @contextlib.contextmanager

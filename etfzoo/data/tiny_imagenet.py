@@ -22,7 +22,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from etfzoo.data.datasets import WORDS
+from etfzoo.data.tfds_source import WORDS
 from etfzoo.errors import EtfzooError, first_line
 from etfzoo.files import make_directory
 from etfzoo.progress import Progress

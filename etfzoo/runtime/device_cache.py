@@ -29,7 +29,8 @@ class DeviceCache:
     """The batches of a pipeline, made on the devices.
 
     Args:
-        pipeline: its data set must be one that sources hold in memory (up to 1 GiB encoded).
+        pipeline: its data set must be one that sources hold in memory (up to 1 GiB encoded) or
+            read by index.
         strategy: an `etfzoo.runtime.strategy_jax.DataParallel`; each device holds all images.
 
     Raises:
@@ -117,7 +118,8 @@ class DeviceCache:
         records = self.pipeline.evaluation_records(split)
         if "index" not in records.element_spec:
             raise EtfzooError(
-                f"the {split} split of {self.pipeline.source.name} is too large for `cache=device`"
+                f"the {split} split of {self.pipeline.source.name} is too large for `cache=device` "
+                "unless it is read by index: python recipes/prepare.py --file_format=array_record"
             )
         decoded = records.map(
             lambda record: (record["index"], decoding.decode(record["image"], fast)), PARALLEL

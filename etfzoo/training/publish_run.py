@@ -9,8 +9,9 @@ from pathlib import Path
 
 from etfzoo import files
 from etfzoo.data import sources
-from etfzoo.data.datasets import DATASETS, WORDS
+from etfzoo.data.datasets import DATASETS
 from etfzoo.data.source import ROLES
+from etfzoo.data.tfds_source import WORDS
 from etfzoo.errors import EtfzooError
 from etfzoo.models import checkpoint, weights
 from etfzoo.models.classifier import ImageClassifier

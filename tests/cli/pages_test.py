@@ -78,7 +78,10 @@ RUN_BY = {
     "KERAS_BACKEND=jax python recipes/pretrain.py --dataset=shapes/source *": (
         "tests/runtime/step_jax_test.py::test_recipes_from_pretraining"
     ),
-    "python recipes/prepare.py *": "tests/data/tiny_imagenet_test.py::test_the_recipe",
+    "python recipes/prepare.py --archive=*": "tests/data/tiny_imagenet_test.py::test_the_recipe",
+    "python recipes/prepare.py --dataset=*": (
+        "tests/data/array_record_test.py::test_converting_again_and_going_on"
+    ),
     "python recipes/predict.py --model=*": "tests/zoo/serving_client_test.py::test_predict",
     "python recipes/export.py --model=*": "tests/zoo/export_test.py::test_recipe",
     "python recipes/serve_client.py *": "tests/zoo/serving_client_test.py::test_serve_client",
@@ -96,6 +99,7 @@ DOWNLOAD = "a download of hundreds of megabytes"
 MEASURED = "minutes to hours of measuring on a quiet machine"
 NOT_RUN = {
     "python recipes/pretrain.py --head=etf": IMAGENET,
+    "python recipes/pretrain.py --dataset=imagenet2012 --data_dir=indexed": IMAGENET,
     "etfzoo pretrain --head=etf": IMAGENET,
     "python recipes/pretrain.py --head=linear --norm=sw --protocol=sw_official": IMAGENET,
     "python recipes/pretrain.py --head=etf --strategy=mirrored*": GPU,

@@ -36,7 +36,7 @@ def source(request, embedded_dir, monkeypatch):
     if request.param != "streamed":
         return request.getfixturevalue(request.param)
     half = request.getfixturevalue("digits")._bytes("train") // 2
-    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", half)
+    monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", half)
     return sources.resolve("digits", str(embedded_dir))
 
 

@@ -146,7 +146,7 @@ def test_start_step_gives_the_tail_of_the_epoch(name, crop, request):
 
 
 def test_start_step_when_streaming(embedded_dir, monkeypatch):
-    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", 0)
+    monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", 0)
     streamed = sources.resolve("digits", str(embedded_dir))
     whole = read(make_pipeline(streamed).training("train", 1))
     assert same(whole[20:], read(make_pipeline(streamed).training("train", 1, 20)))
@@ -347,7 +347,7 @@ def test_shares_of_an_evaluation_hold_every_example_once(source, count, replicas
 def test_nothing_is_autotuned(digits, embedded_dir, source, monkeypatch, streamed):
     """Letting go of an autotuned iterator may block for up to a minute."""
     if streamed:
-        monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", 0)
+        monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", 0)
         digits = sources.resolve("digits", str(embedded_dir))
     for data in (source, digits):
         pipeline = make_pipeline(data)

@@ -353,7 +353,7 @@ def test_order_of_tfds_in_memory(digits):
 
 def test_streaming(digits, embedded_dir, monkeypatch):
     wanted = columns(digits, "select")
-    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", 0)
+    monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", 0)
     streamed = sources.resolve("digits", str(embedded_dir))
     data = columns(streamed, "select")
     assert streamed.memory == {} and digits.memory
@@ -368,7 +368,7 @@ def test_streaming(digits, embedded_dir, monkeypatch):
 def test_streaming_shuffles_through_a_buffer(digits, embedded_dir, monkeypatch):
     # Small enough to stream, large enough for a buffer of about half the examples.
     wanted = columns(digits, "test")
-    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", digits._bytes("test") // 2)
+    monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", digits._bytes("test") // 2)
     streamed = sources.resolve("digits", str(embedded_dir))
     assert streamed.size("test") == 1297
     # One file through half a shuffle: later examples cannot come first.
@@ -392,7 +392,7 @@ def test_examples_of_each_class(digits, embedded_dir, flat, monkeypatch):
     assert len(set(counted(resolve_folder(flat), "train"))) > 1
     with pytest.raises(EtfzooError, match="has no split"):
         digits.class_counts("nope")
-    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", 0)
+    monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", 0)
     streamed = sources.resolve("digits", str(embedded_dir))
     assert (streamed.class_counts("train") == whole).all() and streamed.memory == {}
 
@@ -500,7 +500,7 @@ def test_streaming_shuffles_the_files(tmp_path, monkeypatch):
     write_data_set(tmp_path, {"image": IMAGE, "label": LABEL}, ("train", "test"), shards=5)
     assert len(list((tmp_path / "made" / "1.0.0").glob("made-train.tfrecord*"))) == 5
     wanted = columns(sources.resolve("made", str(tmp_path)), "train")
-    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", 0)
+    monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", 0)
     streamed = sources.resolve("made", str(tmp_path))
     # File order is one file after the other, streamed or not.
     in_order = columns(streamed, "train")["record"]

@@ -300,7 +300,7 @@ def test_broken_data_sets(name, made, tmp_path):
 
 
 def test_streamed_data_sets_are_checked_too(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("etfzoo.data.tfds.MEMORY_BYTES", 0)
+    monkeypatch.setattr("etfzoo.data.tfds_source.MEMORY_BYTES", 0)
     from etfzoo.data.augmentation import Augmentation
     from etfzoo.data.pipeline import Pipeline
 

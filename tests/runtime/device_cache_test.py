@@ -88,7 +88,7 @@ from types import SimpleNamespace
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.mixing import Mixing
 from etfzoo.data.pipeline import Pipeline
-from etfzoo.data import sources, tfds
+from etfzoo.data import sources, tfds_source
 from etfzoo.runtime.device_cache import DeviceCache
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime.strategy import get_strategy
@@ -106,7 +106,7 @@ device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**16})
 small = SimpleNamespace(devices=[device], split=strategy.split)
 with pytest.raises(EtfzooError, match="too much for the 0 GiB of the device"):
     next(cache(strategy=small).training("train", 0))
-tfds.MEMORY_BYTES = 1000
+tfds_source.MEMORY_BYTES = 1000
 with pytest.raises(EtfzooError, match="train split of digits is too large for `cache=device`"):
     next(cache().training("train", 0))
 """
@@ -115,6 +115,39 @@ with pytest.raises(EtfzooError, match="train split of digits is too large for `c
 @needs_jax
 def test_what_cannot_be_cached_is_refused_in_one_line(embedded_dir):
     on_jax(_REFUSED, embedded_dir)
+
+
+_INDEXED = """
+import sys, numpy as np
+from etfzoo.data import array_record, conversion
+from etfzoo.data.augmentation import Augmentation
+from etfzoo.data.long_tail import long_tailed
+from etfzoo.data.pipeline import InputShare, Pipeline
+from etfzoo.runtime.device_cache import DeviceCache
+from etfzoo.runtime.strategy import get_strategy
+
+source, _ = conversion.convert("digits", *sys.argv[1:])
+tail = long_tailed(source, 2, "train")
+pipeline = Pipeline(tail, 8, 8, 1.0, 8, Augmentation("shift"), seed=3)
+cache = DeviceCache(pipeline, get_strategy("one_device"))
+for expected, found in (
+    (pipeline.training("train", 1, 2, InputShare()), cache.training("train", 1, 2)),
+    (pipeline.evaluation("select", InputShare()), cache.evaluation("select")),
+):
+    expected, found = list(expected.as_numpy_iterator()), list(found)
+    assert len(expected) == len(found) > 0
+    for (images, labels), (made, made_labels) in zip(expected, found):
+        np.testing.assert_array_equal(labels, made_labels)
+        assert np.abs(np.asarray(made).astype(int) - images).max() <= 1
+# What is on the device is read from no file again.
+array_record.Shards.record = None
+assert len(list(cache.training("train", 2))) == tail.size("train") // 8
+"""
+
+
+@needs_jax
+def test_what_is_read_by_index_is_cached(embedded_dir, tmp_path):
+    on_jax(_INDEXED, embedded_dir, tmp_path)
 
 
 _RUNS = """

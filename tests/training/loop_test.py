@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import etfzoo
 from etfzoo import locks
+from etfzoo.data import conversion
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
@@ -142,6 +144,21 @@ def test_a_run_with_a_projector(config, tmp_path):
     found = features.Extractor(model).load(data, "train")
     assert found.features.shape[1] == 32
     assert result["nc/train/nc1"] == pytest.approx(features.collapse(found, 10)["nc1"], rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="array_record is there for Linux")
+def test_a_run_that_reads_by_index_resumes_bit_equal_and_on_no_other_format(config, tmp_path):
+    indexed, whole, killed = (tmp_path / name for name in ("data", "whole", "killed"))
+    conversion.convert("digits", config.data_dir, indexed)
+    there = dataclasses.replace(config, data_dir=str(indexed))
+    loop.train_and_evaluate(there, whole)
+    _begin(whole, killed, 6)
+    for name in ("config.json", "data.json"):
+        shutil.copy(whole / name, killed)
+    with pytest.raises(EtfzooError, match='has changed since .*format was "array_record", is null'):
+        loop.train_and_evaluate(config, killed)
+    _go_on(there, killed)
+    _assert_same_end(whole, killed)
 
 
 def test_several_steps_an_execution_change_nothing(finished, config, tmp_path):

@@ -125,7 +125,9 @@ def run():
         "accuracy of classes with many, medium and few training images, as the model's run had "
         "them (default: where it learned a long tail)",
     )
-    flags.strings("Data", "ood_dataset", None, "a data set of other things, to be told apart, or several")
+    flags.strings(
+        "Data", "ood_dataset", None, "a data set of other things, to be told apart, or several"
+    )
     flags.batch_flag(128)
     flags.strategy_flags()
     flags.path("Files", "output", None, "directory of the report (default: below runs/evaluate)")

@@ -142,7 +142,9 @@ def accuracy_by_method(title: str, ylabel: str, methods, points) -> Figure:
         methods: names along the horizontal axis.
         points: series (for instance a backbone) -> method -> accuracies, as shares of 1.
     """
-    figure = Figure(figsize=(3.3, 2.8), layout="constrained")
+    many = len(methods) > 4
+    size = (max(3.3, 0.5 * len(methods)), 2.8 + many)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     drawn = []
     for number, (series, values) in enumerate(points.items()):
@@ -165,6 +167,8 @@ def accuracy_by_method(title: str, ylabel: str, methods, points) -> Figure:
         axes.set_ylim(low, min(low + 2 * half, 101))
     axes.set_xlim(-0.6, len(methods) - 0.4)
     axes.set_xticks(range(len(methods)), methods)
+    if many:
+        axes.tick_params("x", rotation=90)
     axes.set_xlabel("method (one point for each seed, bar: mean)", fontsize=8)
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=10)
@@ -185,7 +189,9 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
     figure = Figure(figsize=(3.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for number, (method, runs) in enumerate(histories.items()):
-        style = {"color": _COLOURS[number % 5], "linestyle": _DASHES[number % 5]}
+        # The second five have the colours of the first, with other dashes.
+        dashes = _DASHES[(number + number // 5) % 5]
+        style = {"color": _COLOURS[number % 5], "linestyle": dashes}
         for axes, name, scale in ((above, "train_loss", 1), (below, "top1", 100)):
             found = [
                 {row["epoch"]: scale * row[name] for row in run if name in row} for run in runs
@@ -204,5 +210,5 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    above.legend(fontsize=8)
+    above.legend(fontsize=8 if len(histories) <= 5 else 5)
     return figure

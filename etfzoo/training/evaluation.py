@@ -107,7 +107,7 @@ def figures(predictions, num_classes: int, counts=None) -> dict:
         `shots` what `etfzoo.measure.accuracy.by_shots` gives.
     """
     labels, predicted = predictions.labels, predictions.predicted
-    found = accuracy.summary(predictions, num_classes)
+    found: dict = accuracy.summary(predictions, num_classes)
     found["ece"] = calibration.reliability(predictions.confidence, labels == predicted).error
     if counts is not None:
         found["shots"] = accuracy.by_shots(labels, predicted, counts)
@@ -124,8 +124,8 @@ def evaluate(config: TrainConfig, workdir, ood_datasets=()) -> dict:
 
     Returns:
         numbers by name: those of `figures`, of which, after a long tail, `shots` are
-        `shots/<group>` (not of a group without classes) and `shots/<group>_classes`; and `ood/<data set>/<score>/auroc` and
-        `.../fpr95`, see `etfzoo.measure.ood.evaluate`.
+        `shots/<group>` (not of a group without classes) and `shots/<group>_classes`; and
+        `ood/<data set>/<score>/auroc` and `.../fpr95`, see `etfzoo.measure.ood.evaluate`.
 
     Raises:
         EtfzooError: bad input, or a model that was trained on something else.

@@ -54,7 +54,7 @@ def make_sweep(root, skip=(), examples=None, **changes):
     } | changes  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
     _json(root / "sweep.json", plan)
-    for cell, workdir in results.planned(plan):
+    for cell, workdir in results.planned(results.read_plan(root)):
         if workdir in skip:
             continue
         row, mode = DATASETS.get(cell["dataset"]), cell["mode"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from etfzoo.cli import flags
 from etfzoo.cli.flags import FLAGS, as_started
-from etfzoo.experiments.methods import METHODS
+from etfzoo.experiments.methods import METHODS, VARIANTS
 from etfzoo.models.table import BACKBONES
 from etfzoo.training.config import MOST_IMAGES, SEEDS
 from etfzoo.training.job import MODES
@@ -57,8 +57,6 @@ class Command:
         if "targets" not in FLAGS:
             lists["targets"] = ()
         if FLAGS["methods"].value is None and not FLAGS.quick:
-            from etfzoo.experiments.methods import VARIANTS
-
             known = given["source"], lists["backbones"], VARIANTS, given["data_dir"]
             lists["methods"] = tuple(sweep.fitting(*known))
         rates = {

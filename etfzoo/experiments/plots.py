@@ -186,7 +186,8 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
         histories: method -> its runs, each a list of epochs with `epoch`, `train_loss` and, where
             evaluated, `top1`.
     """
-    figure = Figure(figsize=(3.6, 4.2), layout="constrained")
+    many = len(histories) > 5
+    figure = Figure(figsize=(5.6 if many else 3.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for number, (method, runs) in enumerate(histories.items()):
         # The second five have the colours of the first, with other dashes.
@@ -204,11 +205,15 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
                 epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
             )
     above.set_title(title, fontsize=10)
-    above.set_ylabel("training loss (nats)")
+    above.set_ylabel("training loss")  # of methods whose losses may differ
     below.set_ylabel("test top-1 (%)")
     below.set_xlabel("epoch")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    above.legend(fontsize=8 if len(histories) <= 5 else 5)
+    if many:
+        handles, names = above.get_legend_handles_labels()
+        figure.legend(handles, names, fontsize=7, loc="outside right upper")
+    else:
+        above.legend(fontsize=8)
     return figure

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
 
+import numpy as np
 import pytest
 
 from etfzoo.errors import EtfzooError
@@ -282,3 +284,90 @@ def test_places_are_those_of_the_sweep(tmp_path):
         placed = {str(cell.workdir.relative_to(tmp_path)) for cell in sweep.cells(settings)}
         planned = {place for _, place in results.planned(dataclasses.asdict(settings))}
         assert placed == planned
+
+
+# The commands.
+
+
+def unchanged(root):
+    """When each result was written."""
+    return {path: path.stat().st_mtime_ns for path in root.rglob("result.json")}
+
+
+@pytest.mark.slow
+def test_long_tails_from_one_command(embedded_dir, tmp_path):
+    """As a user starts it, with fewer steps; all figures are those of the cells' own commands."""
+    root = tmp_path / "a"
+    flags = ["--quick", f"--workdir={root}", f"--data_dir={embedded_dir}", "--epochs=2"]
+    flags += ["--seeds=0", "--source_learning_rate=0.01", "--methods=linear,etf_adjusted"]
+    plan = run_recipe("table_longtail", "--dry_run", *flags)
+    assert "4 cells: 4 to do" in plan and not root.exists()
+    out = run_recipe("table_longtail", *flags)
+    assert "4 cells, 0 finished" in out and "to go] source/rn18_etf_adjusted_im10_s0" in out
+    lines = json.loads((root / "table_longtail.json").read_text())["lines"]
+    assert [line["method"] for line in lines] == ["linear", "etf_adjusted"]
+    for line in lines:
+        name = f"rn18_{line['method']}_im10_s0"
+        trained = Workdir(root / "source" / name).read_result()
+        figures = {column: values["mean"] for column, values in line["figures"].items()}
+        assert figures["top1"] == pytest.approx(trained["top1"])
+        assert figures["mean_per_class"] == pytest.approx(trained["mean_per_class"])
+        # 18 classes of 160 to 16 images: floor(160 * 10^(-k / 17)); 50 test images each.
+        counts = np.floor(160 * 10 ** (-np.arange(18) / 17) + 1e-9)
+        sizes = [
+            (counts > 100).sum(),
+            ((counts >= 20) & (counts <= 100)).sum(),
+            (counts < 20).sum(),
+        ]
+        groups = [figures[group] for group in ("many", "medium", "few")]
+        assert np.average(groups, weights=sizes) == pytest.approx(figures["mean_per_class"])
+        assert f"\n{line['method']} " in out
+    # A finished sweep is not repeated; where an evaluation is lost, only that is made again.
+    before = unchanged(root)
+    run_recipe("table_longtail", *flags)
+    assert unchanged(root) == before
+    lost = root / "shapes_source/rn18_linear_im10_s0/evaluate/result.json"
+    lost.unlink()
+    run_recipe("table_longtail", *flags)
+    after = unchanged(root)
+    assert {path for path in after if after[path] != before[path]} == {lost}
+    # The commands of the plan are those that the cells ran: by hand they find them finished.
+    commands = re.findall(r"^ +python recipes/(\w+)\.py (.*)$", plan, re.M)
+    for command, arguments in commands:
+        run_recipe(command, *shlex.split(arguments))
+    assert unchanged(root) == after
+    metrics = json.loads((lost.parent / "metrics.json").read_text())
+    assert metrics["shots"]["few"]["accuracy"] == Workdir(lost.parent).read_result()["shots/few"]
+
+
+@pytest.mark.slow
+def test_variants_from_one_command(embedded_dir, tmp_path):
+    root = tmp_path / "a"
+    flags = ["--quick", f"--workdir={root}", f"--data_dir={embedded_dir}", "--epochs=1"]
+    flags += ["--source_learning_rate=0.01", "--learning_rate=0.01", "--finetune_epochs=1"]
+    flags += ["--methods=linear,etf_projector1"]
+    run_recipe("table_variants", *flags)
+    lines = {
+        line["method"]: line["figures"]
+        for line in json.loads((root / "table_variants.json").read_text())["lines"]
+    }
+    assert list(lines) == ["linear", "etf_projector1"]
+    for method, figures in lines.items():
+        name = f"rn18_{method}_s0"
+        for mode in ("full", "linear_probe"):
+            top1 = Workdir(root / "digits" / name / mode).read_result()["top1"]
+            assert figures[f"digits/{mode}"]["mean"] == top1
+        source = Workdir(root / "source" / name).read_result()
+        assert figures["nc1"]["mean"] == source["nc/train/nc1"]
+        assert figures["source"]["mean"] == source["top1"]
+        assert 0 <= figures["ece"]["mean"] <= 1
+        assert 0 <= figures["ood/shapes/textures/neco"]["mean"] <= 1
+    # A further stranger: what is trained stays.
+    before = unchanged(root)
+    out = run_recipe("table_variants", *flags, "--ood_datasets=shapes/textures,digits")
+    assert "8 cells, 6 finished" in out
+    after = unchanged(root)
+    assert {p.parent.name for p in after if after[p] != before[p]} == {"evaluate"}
+    found = json.loads((root / "table_variants.json").read_text())["lines"][0]["figures"]
+    assert 0 <= found["ood/digits/msp"]["mean"] <= 1
+    assert found["ood/shapes/textures/msp"] == lines["linear"]["ood/shapes/textures/msp"]

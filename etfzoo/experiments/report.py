@@ -314,7 +314,7 @@ def _score(candidate, picked):
 
 def _assumed(plan, found, configs):
     heading = "Assumed settings"
-    tasks = {"pretrain": "source", "finetune": "full"}
+    tasks = {"pretrain": "source"} | ({"finetune": "full"} if plan["targets"] else {})
     names = {task: protocols.assumed(plan["protocol"], task) for task in tasks}
     protocol = protocols.get_protocol(plan["protocol"])
     text = f"Protocol {plan['protocol']}; its source: {protocol.source}."

@@ -95,7 +95,8 @@ def notes(plan) -> list[str]:
             "Targets: the mean of the targets. NC1 and CDNV (unbiased) of the pretrained features "
             "on the training split. ECE: calibration error on the source's test split. AUROC: how "
             "well the source's test images are told from those of another data set by the largest "
-            "probability."
+            "probability. Probabilities are the softmax of the logits, which squared error and dot "
+            "regression do not train."
         ]
     return []
 

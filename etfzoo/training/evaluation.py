@@ -9,7 +9,7 @@ from etfzoo import files
 from etfzoo.data.source import Source
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError
-from etfzoo.measure import accuracy, calibration, ood
+from etfzoo.measure import accuracy, calibration
 from etfzoo.progress import notify
 from etfzoo.runtime import hardware
 from etfzoo.training import build, identity
@@ -149,6 +149,8 @@ def evaluate(config: TrainConfig, workdir, ood_datasets=()) -> dict:
             result |= {f"shots/{group}": row["accuracy"]} if row["classes"] else {}
             result[f"shots/{group}_classes"] = row["classes"]
         if foreign:
+            from etfzoo.measure import ood  # takes scikit-learn, which nothing else here does
+
             scores = ood.evaluate(model, seen.source, foreign, config.batch_size, seen.split)
             result |= {
                 f"ood/{name}/{score}/{measure}": value

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from etfzoo.errors import EtfzooError
-from etfzoo.experiments import costs, methods, report, results, sweep
+from etfzoo.experiments import costs, methods, report, results, runner, sweep
 from etfzoo.models.table import FRAMES
 from etfzoo.training.config import TrainConfig
+from etfzoo.training.job import Job
 from etfzoo.workdir import Workdir
-from testing import Page, run_recipe
+from testing import Page, make_image_folder, run_recipe
 
 LONGTAIL = {
     "table": "table_longtail", "source": "shapes/source", "backbones": ["rn18"],
@@ -284,6 +285,94 @@ def test_places_are_those_of_the_sweep(tmp_path):
         placed = {str(cell.workdir.relative_to(tmp_path)) for cell in sweep.cells(settings)}
         planned = {place for _, place in results.planned(dataclasses.asdict(settings))}
         assert placed == planned
+
+
+# The cells' work, in this process.
+
+
+@pytest.fixture
+def made(small_network, embedded_dir, tmp_path, monkeypatch):
+    """Runs a command of a sweep whose cells are jobs in this process; returns what it printed."""
+
+    class Process:
+        def __init__(self, command, **options):
+            self.pid, job = 0, Job.load(command[-1].removeprefix("--config="))
+            assert command[1:3] == ["-m", "etfzoo.training"]
+            job.run()
+
+        def poll(self):
+            return 0
+
+    def make(table, *flags):
+        flags = [f"--data_dir={embedded_dir}", f"--workdir={tmp_path / 'a'}", *flags]
+        flags += ["--source=digits", "--protocol=quickstart", "--image_size=8", "--batch_size=50"]
+        flags += ["--epochs=1"]
+        return run_recipe(table, *flags)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    return make
+
+
+@pytest.mark.slow
+def test_a_sweep_of_long_tails(made, tmp_path):
+    flags = ["--imbalances=5", "--seeds=0,1", "--methods=linear_adjusted,etf_dot_regression"]
+    flags += ["--source_learning_rate=0.01"]
+    out = made("table_longtail", *flags)
+    assert "8 cells, 0 finished" in out
+    document = json.loads((tmp_path / "a/table_longtail.json").read_text())
+    assert len(document["lines"]) == 2
+    counts = np.floor(20 * 5 ** (-np.arange(10) / 9) + 1e-9)  # of ten digits
+    assert (counts == 20).sum() == 1  # medium begins at 20; no class has more
+    for line in document["lines"]:
+        name, figures = f"rn18_{line['method']}_im5_s{{}}", line["figures"]
+        top1 = [
+            Workdir(tmp_path / "a/source" / name.format(s)).read_result()["top1"] for s in (0, 1)
+        ]
+        assert figures["top1"] == {
+            "mean": pytest.approx(np.mean(top1)), "least": pytest.approx(min(top1)),
+            "most": pytest.approx(max(top1)), "seeds": 2,
+        }  # fmt: skip
+        few, medium = figures["few"]["mean"], figures["medium"]["mean"]
+        assert figures["mean_per_class"]["mean"] == pytest.approx((9 * few + medium) / 10)
+        assert "many" not in figures
+    before = unchanged(tmp_path)
+    assert "8 cells, 8 finished" in made("table_longtail", *flags)
+    assert unchanged(tmp_path) == before
+    lost = tmp_path / "a/digits/rn18_linear_adjusted_im5_s0/evaluate/result.json"
+    lost.unlink()
+    assert "8 cells, 7 finished" in made("table_longtail", *flags)
+    after = unchanged(tmp_path)
+    assert {path for path in after if after[path] != before[path]} == {lost}
+
+
+@pytest.mark.slow
+def test_a_sweep_of_variants(made, tmp_path):
+    flags = ["--methods=linear,etf_projector1", "--targets=digits"]
+    flags += ["--source_learning_rate=0.01", "--learning_rate=0.01", "--finetune_epochs=1"]
+    flags += ["--finetune_batch_size=50"]
+    made("table_variants", *flags, "--ood_datasets=digits")
+    path = tmp_path / "a/table_variants.json"
+    lines = {row["method"]: row["figures"] for row in json.loads(path.read_text())["lines"]}
+    assert list(lines) == ["linear", "etf_projector1"]
+    for method, figures in lines.items():
+        name = f"rn18_{method}_s0"
+        for mode in ("full", "linear_probe"):
+            top1 = Workdir(tmp_path / "a/digits" / name / mode).read_result()["top1"]
+            assert figures[f"digits/{mode}"]["mean"] == top1
+        source = Workdir(tmp_path / "a/source" / name).read_result()
+        assert figures["nc1"]["mean"] == source["nc/train/nc1"]
+        assert figures["source"]["mean"] == source["top1"]
+        assert 0 <= figures["ece"]["mean"] <= 1
+        assert figures["ood/digits/neco"]["mean"] == pytest.approx(0.5)  # the same images
+    # A further data set of other things: what is trained stays.
+    before = unchanged(tmp_path)
+    photos = make_image_folder(tmp_path / "photos", {"ant": 9, "bee": 9})
+    out = made("table_variants", *flags, f"--ood_datasets=digits,folder:{photos}")
+    assert "8 cells, 6 finished" in out
+    after = unchanged(tmp_path)
+    assert {p.parent.name for p in after if after[p] != before[p]} == {"evaluate"}
+    found = json.loads(path.read_text())["lines"][0]["figures"]
+    assert 0 <= found[f"ood/folder:{photos}/msp"]["mean"] <= 1
 
 
 # The commands.

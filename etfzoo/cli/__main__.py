@@ -7,7 +7,7 @@ import sys
 
 from etfzoo.cli.app import show
 
-_SHARED = ("app", "configs", "flags")
+_SHARED = ("app", "configs", "flags", "sweeps")
 
 
 def commands() -> dict[str, str]:

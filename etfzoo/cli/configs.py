@@ -97,21 +97,6 @@ def finetune_config(handle, learning_rates=(), weight_decays=()):
     return train_config("finetune", **known)
 
 
-def trained_with(handle):
-    """The TrainConfig that a model was trained with, and its Workdir.
-
-    The first is None of a published model that does not tell it, the second of any published one.
-
-    Raises:
-        EtfzooError: no such model, or settings that this version does not know.
-    """
-    workdir = Workdir(handle)
-    if workdir.is_run:
-        return TrainConfig.load(workdir.config), workdir
-    values = etfzoo.info(handle)["provenance"].get("config")
-    return values and TrainConfig.from_dict(values, handle), None
-
-
 def print_assumed(config, task):
     """Says which settings the protocol's source leaves open, and what no setting tells."""
     assumed = protocols.assumed(config.protocol, task)

@@ -5,8 +5,9 @@ and whether it is as certain as it is right.
   python recipes/evaluate.py --model=rn50_etf --dataset=folder:photos --split=test --output=report
   python recipes/evaluate.py --model=runs/my_run --dataset=oxford_flowers102 --ood_dataset=digits
 
-With --ood_dataset also whether it can tell images of that data set from those of its own, by four
-scores: the largest probability, the energy, NECO and NCI. That reads the training split too.
+With --ood_dataset also whether it can tell images of that data set (or of several) from those of
+its own, by four scores: the largest probability, the energy, NECO and NCI. That reads the training
+split too, or what is left of it where the model learned a long tail of it.
 
 Of a model that learned a long tail (--imbalance), also the accuracy of the classes with many (over
 100), medium (20 to 100) and few training images; --shots asks for it of any model that tells what
@@ -28,6 +29,7 @@ def main():
     from etfzoo.measure import accuracy, calibration, ood
     from etfzoo.runtime.interruption import exit_if_worker_lost
     from etfzoo.runtime.strategy import chief_first, is_chief, wait_for_all
+    from etfzoo.training import evaluation
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
@@ -36,23 +38,21 @@ def main():
         model = etfzoo.load(FLAGS.model)
     with exit_if_worker_lost(strategy):
         source = chief_first(strategy, lambda: configs.open_source(FLAGS.dataset))
-        counts = _training_counts()
+        seen = _seen_in_training(source)
         predictions = accuracy.evaluate(
             model, source, FLAGS.split, FLAGS.batch_size, strategy, FLAGS.ignore_class_names
         )
         wait_for_all(strategy)
-    foreign = configs.open_source(FLAGS.ood_dataset) if FLAGS.ood_dataset else None
+    foreign = {name: configs.open_source(name) for name in FLAGS.ood_dataset or ()}
     if not is_chief(strategy):
         return
-    metrics = accuracy.summary(predictions, source.num_classes)
-    right = predictions.labels == predictions.predicted
-    reliability = calibration.reliability(predictions.confidence, right)
-    metrics["ece"] = reliability.error
-    if counts is not None:
-        metrics["shots"] = accuracy.by_shots(predictions.labels, predictions.predicted, counts)
-    if foreign is not None:
-        found = ood.evaluate(model, source, foreign, FLAGS.batch_size)
-        metrics["ood"] = {"dataset": FLAGS.ood_dataset} | found
+    by_shots = FLAGS.shots or (FLAGS.shots is None and seen is not None and seen.is_tail)
+    metrics = evaluation.figures(
+        predictions, source.num_classes, seen.counts() if by_shots else None
+    )
+    if foreign:
+        known, split = (seen.source, seen.split) if seen else (source, "train")
+        metrics["ood"] = ood.evaluate(model, known, foreign, FLAGS.batch_size, split)
     low, high = accuracy.binomial_interval(metrics["top1"], metrics["examples"])
     output = files.make_directory(
         FLAGS.output or configs.report_place("evaluate", FLAGS.model, FLAGS.dataset, FLAGS.split)
@@ -63,6 +63,8 @@ def main():
         accuracy.confusion_matrix(predictions, source.num_classes),
         source.class_names,
     )
+    right = predictions.labels == predictions.predicted
+    reliability = calibration.reliability(predictions.confidence, right)
     plots.reliability_png(output / "reliability.png", reliability)
     print(
         f"top-1 {100 * metrics['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})  "
@@ -72,47 +74,28 @@ def main():
         f"{100 * metrics['ece']:.2f} %: {100 * predictions.confidence.mean(dtype=float):.2f} % "
         f"certain on average"
     )
-    if counts is not None:
+    if by_shots:
         print(_shots_text(metrics["shots"]))
-    for name, row in metrics.get("ood", {}).items():
-        if name != "dataset":
+    for name, by_score in metrics.get("ood", {}).items():
+        for score, row in by_score.items():
             print(
-                f"{FLAGS.ood_dataset} by {name}: AUROC {100 * row['auroc']:.2f} %, "
+                f"{name} by {score}: AUROC {100 * row['auroc']:.2f} %, "
                 f"{100 * row['fpr95']:.2f} % pass where 95 % of its own images do"
             )
     print(f"written to {output}: metrics.json, per_class.csv, confusion.png, reliability.png")
 
 
-def _training_counts():
-    """Training images of each class where accuracy by their number is wanted; else None."""
-    from etfzoo import files
-    from etfzoo.data.sources import resolve
+def _seen_in_training(source):
+    """What the model was trained on, where that is asked for and known."""
     from etfzoo.errors import EtfzooError
-    from etfzoo.progress import notify
-    from etfzoo.training import build
+    from etfzoo.training import evaluation
 
-    asked = FLAGS.shots
-    if asked is False:
+    if FLAGS.shots is False and not FLAGS.ood_dataset:
         return None
     try:
-        config, workdir = configs.trained_with(FLAGS.model)
-    except EtfzooError:
-        if asked:
-            raise
-        return None  # it can be evaluated all the same
-    if not asked and (config is None or config.imbalance == 1):
-        return None
-    if config is None:
-        why = f"{FLAGS.model} does not tell what it was trained on"
-    elif files.strip_local_folder(config.dataset) != files.strip_local_folder(FLAGS.dataset):
-        why = f"{FLAGS.model} was trained on {config.dataset}, not on {FLAGS.dataset}"
-    else:
-        source = build.run_source(config, resolve(FLAGS.dataset, FLAGS.data_dir), workdir, False)
-        return source.class_counts(config.train_split)
-    if asked:
-        raise EtfzooError(f"{why}: leave out `shots`")
-    notify("no accuracy by number of training images: %s", why)
-    return None
+        return evaluation.seen_in_training(FLAGS.model, FLAGS.dataset, source, bool(FLAGS.shots))
+    except EtfzooError as error:
+        raise EtfzooError(f"{error}: leave out `shots`") from error
 
 
 def _shots_text(shots) -> str:
@@ -142,7 +125,9 @@ def run():
         "accuracy of classes with many, medium and few training images, as the model's run had "
         "them (default: where it learned a long tail)",
     )
-    flags.string("Data", "ood_dataset", None, "a data set of other things, to be told apart")
+    flags.strings(
+        "Data", "ood_dataset", None, "a data set of other things, to be told apart, or several"
+    )
     flags.batch_flag(128)
     flags.strategy_flags()
     flags.path("Files", "output", None, "directory of the report (default: below runs/evaluate)")

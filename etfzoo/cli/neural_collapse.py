@@ -7,6 +7,7 @@
 Prints a table and writes json. What each measure is: see etfzoo/measure/neural_collapse.py. nc3 and
 nc4 compare the classifier with the class means, and need a model of the classes of the data. Behind
 a projector the classifier acts on its output: --tap=projected measures that and not the features.
+Of a model that learned a long tail of the data, the training split is that tail.
 Splits differ in size, which nc1, nc1_ratio, cdnv and tr(C)/p depend on: of several splits the table
 has their unbiased forms, and as nc1_equal NC1 on equally many images of each class. The json has
 all.
@@ -27,6 +28,7 @@ def main():
     from etfzoo.measure import features
     from etfzoo.runtime.interruption import exit_if_worker_lost
     from etfzoo.runtime.strategy import check_batch_size, chief_first, is_chief, wait_for_all
+    from etfzoo.training import evaluation
 
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
@@ -41,16 +43,21 @@ def main():
         model = etfzoo.load(FLAGS.model)
     extractor = features.Extractor(model, strategy, FLAGS.tap)
 
-    def load(name, split):
-        source = chief_first(strategy, lambda: configs.open_source(name))
+    def load(source, split):
         pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
-        return extractor.load(pipeline, split, FLAGS.feature_cache or None), source
+        return extractor.load(pipeline, split, FLAGS.feature_cache or None)
+
+    def opened(name):
+        return chief_first(strategy, lambda: configs.open_source(name))
 
     with exit_if_worker_lost(strategy):
-        ood = load(FLAGS.ood_dataset, "test")[0] if FLAGS.ood_dataset else None
-        sets, results = {}, {}
+        ood = load(opened(FLAGS.ood_dataset), "test") if FLAGS.ood_dataset else None
+        sets, results, source, imbalance = {}, {}, opened(FLAGS.dataset), 1.0
+        seen = evaluation.seen_in_training(FLAGS.model, FLAGS.dataset, source)
+        if seen is not None and seen.is_tail:
+            source, imbalance = seen.source, seen.imbalance
         for split in FLAGS.split:
-            sets[split], source = load(FLAGS.dataset, split)
+            sets[split] = load(source, split)
         if is_chief(strategy):
             head = _classifier(model, source)
             for split, found in sets.items():
@@ -69,6 +76,7 @@ def main():
     files.make_directory(os.path.dirname(output) or ".")
     document = {"model": FLAGS.model, "dataset": FLAGS.dataset, "ood_dataset": FLAGS.ood_dataset}
     document |= {"tap": FLAGS.tap, "etfzoo": etfzoo.__version__, "splits": results}
+    document |= {"imbalance": imbalance} if imbalance != 1 else {}
     files.write_text(output, json.dumps(document, indent=2) + "\n")
     print(f"written to {output}")
 

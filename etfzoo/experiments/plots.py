@@ -142,7 +142,9 @@ def accuracy_by_method(title: str, ylabel: str, methods, points) -> Figure:
         methods: names along the horizontal axis.
         points: series (for instance a backbone) -> method -> accuracies, as shares of 1.
     """
-    figure = Figure(figsize=(3.3, 2.8), layout="constrained")
+    many = len(methods) > 4
+    size = (max(3.3, 0.5 * len(methods)), 2.8 + many)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     drawn = []
     for number, (series, values) in enumerate(points.items()):
@@ -165,6 +167,8 @@ def accuracy_by_method(title: str, ylabel: str, methods, points) -> Figure:
         axes.set_ylim(low, min(low + 2 * half, 101))
     axes.set_xlim(-0.6, len(methods) - 0.4)
     axes.set_xticks(range(len(methods)), methods)
+    if many:
+        axes.tick_params("x", rotation=90)
     axes.set_xlabel("method (one point for each seed, bar: mean)", fontsize=8)
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=10)
@@ -182,10 +186,13 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
         histories: method -> its runs, each a list of epochs with `epoch`, `train_loss` and, where
             evaluated, `top1`.
     """
-    figure = Figure(figsize=(3.6, 4.2), layout="constrained")
+    many = len(histories) > 5
+    figure = Figure(figsize=(5.6 if many else 3.6, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for number, (method, runs) in enumerate(histories.items()):
-        style = {"color": _COLOURS[number % 5], "linestyle": _DASHES[number % 5]}
+        # The second five have the colours of the first, with other dashes.
+        dashes = _DASHES[(number + number // 5) % 5]
+        style = {"color": _COLOURS[number % 5], "linestyle": dashes}
         for axes, name, scale in ((above, "train_loss", 1), (below, "top1", 100)):
             found = [
                 {row["epoch"]: scale * row[name] for row in run if name in row} for run in runs
@@ -198,11 +205,15 @@ def training_curves(title: str, histories: dict[str, list[list[dict]]]) -> Figur
                 epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
             )
     above.set_title(title, fontsize=10)
-    above.set_ylabel("training loss (nats)")
+    above.set_ylabel("training loss")  # of methods whose losses may differ
     below.set_ylabel("test top-1 (%)")
     below.set_xlabel("epoch")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    above.legend(fontsize=8)
+    if many:
+        handles, names = above.get_legend_handles_labels()
+        figure.legend(handles, names, fontsize=7, loc="outside right upper")
+    else:
+        above.legend(fontsize=8)
     return figure

@@ -1,4 +1,7 @@
-"""The report of a sweep: table1.csv, table1.md and report.html, from the files of its workdirs."""
+"""The report of a sweep: table1.csv, table1.md and report.html, from the files of its workdirs.
+
+Of another table than the first the files have its name, and there is its JSON too.
+"""
 
 import itertools
 import math
@@ -13,8 +16,17 @@ import tensorflow as tf
 
 from etfzoo import files
 from etfzoo.data.datasets import DATASETS
-from etfzoo.experiments import html, plots, results, tables
-from etfzoo.experiments.results import METRICS, MODES, TRAINED, label, rows, select
+from etfzoo.experiments import html, plots, results, summary, tables
+from etfzoo.experiments.results import (
+    METRICS,
+    MODES,
+    TRAINED,
+    label,
+    rows,
+    select,
+    series,
+    series_name,
+)
 from etfzoo.runtime import hardware
 from etfzoo.training import protocols
 from etfzoo.version import __version__
@@ -51,7 +63,7 @@ EVIDENCE = (
 
 
 def write(root) -> Path:
-    """Writes table1.csv, table1.md and report.html of a sweep, each atomically.
+    """Writes the table as csv, md and (but for table 1) json, and report.html, each atomically.
 
     The sweep may be partly finished: only cells with a result count, missing ones show as `-`.
 
@@ -66,10 +78,20 @@ def write(root) -> Path:
     """
     root = Path(root)
     plan, found = results.read_plan(root), rows(root)
-    files.write_text(root / "table1.csv", tables.csv_text(found))
-    files.write_text(root / "table1.md", tables.markdown(plan, found))
+    name = plan["table"]
+    files.write_text(root / f"{name}.csv", tables.csv_text(found))
+    files.write_text(root / f"{name}.md", tables.markdown(plan, found))
+    if name != "table1":
+        files.write_text(root / f"{name}.json", summary.json_text(plan, found))
     html.write(root / "report.html", tables.headline(plan), _sections(root, plan, found))
     return root / "report.html"
+
+
+def text(root) -> str:
+    """The tables that a sweep is for, as they are printed."""
+    plan, found = results.read_plan(root), rows(root)
+    parts = (f"{title}\n{html.text_table(t)}\n" for title, t in tables.text_tables(plan, found))
+    return "\n".join(parts)
 
 
 def _sections(root, plan, found):
@@ -77,16 +99,19 @@ def _sections(root, plan, found):
     machines = {r["workdir"]: hardware.read(root / r["workdir"]) for r in found}
     sections = [("Results", tables.progress(plan, found))]
     sections += [(None, text) for text in tables.cautions(plan, found)]
-    sections += [(None, table) for table in tables.accuracy_tables(plan, found)]
-    sections.append((None, "table1.csv and table1.md beside this file hold the same figures."))
+    sections += [(None, table) for table in tables.main_tables(plan, found)]
+    beside = f"{plan['table']}.csv and {plan['table']}.md beside this file hold the same figures."
+    sections += [(None, text) for text in (*summary.notes(plan), beside)]
     sections += _differences(plan, found)
-    sections += _beside_the_paper(plan, found, configs)
+    if plan["table"] == "table1":
+        sections += _beside_the_paper(plan, found, configs)
     sections += _accuracy_plots(plan, found)
     sections += _curves(root, plan, found)
     sections += _collapse(plan, found)
     sections += _learning_rates(root, plan, found)
     sections += _assumed(plan, found, configs)
-    sections += [("Evidence on both sides", EVIDENCE[0]), *((None, text) for text in EVIDENCE[1:])]
+    if plan["targets"]:
+        sections += _heading("Evidence on both sides", EVIDENCE)
     sections += _commands(plan, found, machines)
     sections += _versions(plan, found, machines)
     return sections
@@ -181,7 +206,7 @@ def _accuracy_plots(plan, found):
             cells = select(found, dataset=dataset, mode=mode)
             points = {}
             for row in cells:
-                methods = points.setdefault(row["backbone"], {})
+                methods = points.setdefault(series_name(row), {})
                 methods.setdefault(row["method"], []).append(row[metric])
             if points:
                 figure = plots.accuracy_by_method(
@@ -204,11 +229,11 @@ def _describe(dataset, mode, metric, points):
 
 def _curves(root, plan, found):
     blocks = []
-    for backbone in plan["backbones"]:
+    for title, known in series(plan).items():
         pictures = []
         for dataset, mode in [block for block in tables.blocks(plan) if block[1] in TRAINED]:
             runs = {}
-            for row in select(found, backbone=backbone, dataset=dataset, mode=mode):
+            for row in select(found, dataset=dataset, mode=mode, **known):
                 history = Workdir(root / row["workdir"]).history()
                 if history:
                     runs.setdefault(row["method"], []).append(history)
@@ -221,9 +246,9 @@ def _curves(root, plan, found):
                     f" and test top-1 {results.spread(e['top1'] for e in ends)} %"
                     for method, ends in last.items()
                 )
-                pictures.append((figure, f"{backbone}, {dataset}, {MODES[mode]}: {said}"))
+                pictures.append((figure, f"{title}, {dataset}, {MODES[mode]}: {said}"))
         if pictures:
-            caption = f"{backbone}: means over seeds, shaded from least to most"
+            caption = f"{title}: means over seeds, shaded from least to most"
             blocks.append(html.Gallery(caption, pictures))
     return _heading("Learning curves", blocks)
 
@@ -240,7 +265,7 @@ def _collapse(plan, found):
         "from them, nc4 how often it disagrees with the nearest class mean; these are of the "
         "sampled means, whose noise shows in small classes. tr_c_over_p is the paper's tr(C°)/p, "
         "which grows with the square of the features' scale; nc1, nc1_ratio, cdnv and "
-        "tr_c_over_p_l2 (of features of unit length) do not. table1.csv has the plain forms too."
+        "tr_c_over_p_l2 (of features of unit length) do not. The csv file has the plain forms too."
     )
     return _heading("Neural collapse", [text, *collapse]) if collapse else []
 
@@ -265,7 +290,7 @@ def _learning_rates(root, plan, found):
         scores = {_candidate(c): _score(c, _candidate(c) == picked) for c in candidates}
         rates = [rate for rate, _ in scores]
         edge = "yes" if len(set(rates)) > 1 and picked[0] in (min(rates), max(rates)) else "no"
-        line = [label(found, row["dataset"]), MODES[row["mode"]], row["backbone"], row["method"]]
+        line = [label(found, row["dataset"]), MODES[row["mode"]], series_name(row), row["method"]]
         line += [row["seed"], f"{picked[0]:g}", edge if candidates else "not searched here"]
         table.append(line + [scores.get(key, "-") for key in keys])
     text = (
@@ -289,7 +314,7 @@ def _score(candidate, picked):
 
 def _assumed(plan, found, configs):
     heading = "Assumed settings"
-    tasks = {"pretrain": "source", "finetune": "full"}
+    tasks = {"pretrain": "source"} | ({"finetune": "full"} if plan["targets"] else {})
     names = {task: protocols.assumed(plan["protocol"], task) for task in tasks}
     protocol = protocols.get_protocol(plan["protocol"])
     text = f"Protocol {plan['protocol']}; its source: {protocol.source}."

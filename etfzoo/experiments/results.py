@@ -1,14 +1,15 @@
 """What the workdirs of a sweep (backbones x methods x targets x seeds) hold, as rows."""
 
-import re
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from etfzoo import files
 from etfzoo.data.datasets import DATASETS, Dataset
-from etfzoo.errors import EtfzooError
+from etfzoo.errors import EtfzooError, unknown
+from etfzoo.experiments.methods import TABLES
 from etfzoo.runtime import hardware
-from etfzoo.workdir import Workdir
+from etfzoo.workdir import Workdir, folder_name
 
 METRICS = {"top1": "top-1", "mean_per_class": "mean per-class"}
 MODES = {
@@ -16,12 +17,17 @@ MODES = {
     "full": "full fine-tuning",
     "linear_probe": "linear probe",
     "knn": "k-NN",
+    "evaluate": "evaluation",
 }
 TRAINED = ("source", "full")  # modes that train a network
 _PLAN = {
     "source": str, "backbones": list, "methods": list, "targets": list, "seeds": list,
     "modes": list, "protocol": str,
 }  # fmt: skip
+# What the plan of an older version does not tell.
+_DEFAULTS = {"table": "table1", "imbalances": [1.0], "ood_datasets": []}
+# Figures that not every cell has.
+_MEASURES = ("nc/", "shots/", "ood/", "ece")
 
 
 def read_plan(root) -> dict:
@@ -38,24 +44,50 @@ def read_plan(root) -> dict:
     for mode in plan["modes"]:
         if mode not in MODES:
             raise EtfzooError(f"{path}: unknown mode {mode!r}; known: {', '.join(MODES)}")
+    plan = _DEFAULTS | plan
+    if plan["table"] not in TABLES:
+        raise unknown(f"table in {path}", str(plan["table"]), TABLES)
     return plan
 
 
 def planned(plan) -> Iterator[tuple[dict, str]]:
-    """Every cell of a sweep: its backbone, method, seed, dataset and mode; and its workdir."""
+    """Every cell of a sweep: what tells it from the others, see `place`; and its workdir."""
     modes = [mode for mode in plan["modes"] if mode != "source"]
     cells = [(plan["source"], "source")]
+    cells += [(plan["source"], "evaluate")] if plan["table"] != "table1" else []
     cells += [(target, mode) for target in plan["targets"] for mode in modes]
     for dataset, mode in cells:
-        for backbone in plan["backbones"]:
-            for method in plan["methods"]:
-                for seed in plan["seeds"]:
-                    cell = {"backbone": backbone, "method": method, "seed": seed}
-                    name = f"{backbone}_{method}_s{seed}"
-                    workdir = f"source/{name}"
-                    if mode != "source":
-                        workdir = f"{re.sub('[/:]', '_', dataset)}/{name}/{mode}"
-                    yield cell | {"dataset": dataset, "mode": mode}, workdir
+        for backbone, imbalance in itertools.product(plan["backbones"], plan["imbalances"]):
+            for method, seed in itertools.product(plan["methods"], plan["seeds"]):
+                cell = {"backbone": backbone, "imbalance": imbalance, "method": method}
+                cell |= {"seed": seed, "dataset": dataset, "mode": mode}
+                yield cell, place(**cell)
+
+
+def place(backbone, imbalance, method, seed, dataset, mode) -> str:
+    """The workdir of a cell below the sweep's directory.
+
+    Args:
+        backbone, imbalance, method, seed: of the pretraining.
+        dataset: the source, or what it is transferred to.
+        mode: a key of `MODES`.
+    """
+    tail = "" if imbalance == 1 else f"_im{imbalance:.12g}"
+    name = f"{backbone}_{method}{tail}_s{seed}"
+    return f"source/{name}" if mode == "source" else f"{folder_name(dataset)}/{name}/{mode}"
+
+
+def series(plan) -> dict[str, dict]:
+    """What stands in one table: by its name the backbone and imbalance."""
+    pairs = itertools.product(plan["backbones"], plan["imbalances"])
+    found = [{"backbone": backbone, "imbalance": imbalance} for backbone, imbalance in pairs]
+    return {series_name(known): known for known in found}
+
+
+def series_name(row) -> str:
+    """The backbone, and the imbalance if there is one."""
+    tail = "" if row["imbalance"] == 1 else f", imbalance {row['imbalance']:.12g}"
+    return row["backbone"] + tail
 
 
 def rows(root) -> list[dict]:
@@ -65,12 +97,13 @@ def rows(root) -> list[dict]:
         root: the sweep's directory, with `sweep.json`.
 
     Returns:
-        rows of `backbone`, `method`, `seed`, `dataset`, `mode` (source, full, linear_probe, knn),
+        rows of `backbone`, `imbalance`, `method`, `seed`, `dataset`, `mode` (a key of `MODES`),
         `top1` and `mean_per_class` (shares of 1), `examples` (test images), `learning_rate` and
         `weight_decay` (as picked) and `epochs` of what was trained, `C` of probes, `k` of k-NN,
         `image_size`, `protocol`, `seconds` (of the run itself), `search_seconds` (of the candidates
-        for the learning rate), `workdir` (below `root`) and the collapse measures
-        `nc/<split>/<measure>`. What a cell does not have is None; collapse measures are left out.
+        for the learning rate), `workdir` (below `root`), the collapse measures
+        `nc/<split>/<measure>` and what `etfzoo.training.evaluation.evaluate` gives. What a cell
+        does not have is None; these measures are left out.
 
     Raises:
         EtfzooError: no sweep there, or a file of a finished cell is missing or damaged.
@@ -102,7 +135,7 @@ def _row(root, workdir, trained):
             "seconds": hardware.read(path).get("seconds"),
             "search_seconds": sum(m.get("seconds", 0) for m in searched) if searched else None,
             "workdir": workdir,
-        } | {name: value for name, value in result.items() if name.startswith("nc/")}
+        } | {name: value for name, value in result.items() if name.startswith(_MEASURES)}
     except (KeyError, TypeError) as error:
         raise EtfzooError(f"{path} holds no result of this sweep: {error} is missing") from error
 
@@ -131,10 +164,19 @@ def label(rows, dataset: str) -> str:
     return dataset if count is None else f"{dataset} (subset of {count:,} images)"
 
 
-def spread(values) -> str:
-    """Mean of shares in percent, with the range where there are several; `-` of none."""
-    values = [100 * value for value in values]
+def spread(values, percent: bool = True) -> str:
+    """Mean, with the range where there are several values; `-` of none.
+
+    Args:
+        values: numbers.
+        percent: whether these are shares, shown in percent; else three digits count.
+    """
+    values = list(values)
     if not values:
         return "-"
-    mean = f"{sum(values) / len(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+    def text(value):
+        return f"{100 * value:.1f}" if percent else f"{value:.3g}"
+
+    mean = text(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"

@@ -14,7 +14,7 @@ from pathlib import Path
 from etfzoo import files, internals, locks
 from etfzoo.data.sources import resolve
 from etfzoo.errors import EtfzooError
-from etfzoo.experiments import sweep
+from etfzoo.experiments import costs, sweep
 from etfzoo.runtime.interruption import EXIT_STOPPED, Stopped, StopRequest
 from etfzoo.version import __version__
 from etfzoo.workdir import Workdir
@@ -66,10 +66,14 @@ def run(settings: sweep.Sweep, command: str, jobs: int = 1, gpus: int = 0) -> li
         cells = sweep.cells(settings)
         states = {cell: sweep.state(cell) for cell in cells}
         open_cells = [cell for cell in cells if states[cell] != sweep.FINISHED]
-        _write_settings(settings, command)
         # Before the first cell, and not by several of them at a time; a signal ends it at once.
-        for name in dict.fromkeys(cell.config.dataset for cell in open_cells):
+        names = [cell.config.dataset for cell in open_cells]
+        names += [name for cell in open_cells for name in cell.job.ood_datasets]
+        for name in dict.fromkeys(names):
             resolve(name, settings.data_dir)
+        for cell in open_cells:  # a long tail may leave nothing of a class
+            costs.remaining_images(cell)
+        _write_settings(settings, command)
         with StopRequest() as stop:
             return _Runner(settings, cells, open_cells, jobs, gpus, held, stop).run()
 
@@ -118,7 +122,7 @@ class _Runner:
         job = log.with_suffix(".json")
         cell.ready_job().save(job)
         command = [sys.executable, "-m", "etfzoo.training", f"--config={job}"]
-        images = sweep.remaining_images(cell)
+        images = costs.remaining_images(cell)
         with self._opened(log) as output:
             offset = output.tell()
             output.write((shlex.join(command) + "\n").encode())
@@ -153,8 +157,8 @@ class _Runner:
             seconds = time.monotonic() - run.start
             result = Workdir(run.cell.workdir).usable_result() if code == 0 else None
             if result is not None:
-                before = self.walls.get(sweep.kind(run.cell), (0.0, 0.0))
-                self.walls[sweep.kind(run.cell)] = (before[0] + run.images, before[1] + seconds)
+                before = self.walls.get(costs.kind(run.cell), (0.0, 0.0))
+                self.walls[costs.kind(run.cell)] = (before[0] + run.images, before[1] + seconds)
                 self._say(
                     f"{run.cell.name}: top-1 {100 * result['top1']:.2f} % after {clock(seconds)}"
                 )
@@ -183,18 +187,18 @@ class _Runner:
     def _to_go(self):
         """From what cells of the same kind took in this call, else from what was measured."""
         rates, seconds, unknown = None, 0.0, False
-        left = [(cell, sweep.remaining_images(cell)) for cell in self.waiting]
+        left = [(cell, costs.remaining_images(cell)) for cell in self.waiting]
         now = time.monotonic()
         for run in self.running:
             left.append((run.cell, run.images))
             seconds -= now - run.start
         for cell, images in left:
-            if sweep.kind(cell) in self.walls:
-                done, wall = self.walls[sweep.kind(cell)]
+            if costs.kind(cell) in self.walls:
+                done, wall = self.walls[costs.kind(cell)]
                 seconds += images * wall / max(done, 1e-9)
                 continue
-            rates = sweep.measured_rates(self.cells) if rates is None else rates
-            rate = rates.get(sweep.kind(cell))
+            rates = costs.measured_rates(self.cells) if rates is None else rates
+            rate = rates.get(costs.kind(cell))
             seconds, unknown = seconds + (images / rate if rate else 0), unknown or not rate
         if unknown:
             return "time to go not measured yet"

@@ -8,8 +8,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from etfzoo.experiments import html, results
-from etfzoo.experiments.results import METRICS, MODES, headline_metric, label, select, spread
+from etfzoo.experiments import html, results, summary
+from etfzoo.experiments.methods import TABLES
+from etfzoo.experiments.results import (
+    METRICS,
+    MODES,
+    headline_metric,
+    label,
+    select,
+    series,
+    series_name,
+    spread,
+)
 from etfzoo.measure.features import comparable
 
 _FEATURES = {
@@ -17,6 +27,7 @@ _FEATURES = {
     "full": "fine-tuned",
     "linear_probe": "frozen",
     "knn": "frozen",
+    "evaluate": "pretrained",
 }
 _SHORT = {"full": "full", "linear_probe": "probe", "knn": "k-NN"}
 
@@ -34,6 +45,17 @@ def markdown(plan, found) -> str:
     """The accuracies, what to be careful about, and every finished cell with links."""
     lines = [f"# {_markdown_cell(headline(plan))}", "", progress(plan, found), ""]
     lines += itertools.chain.from_iterable((text, "") for text in cautions(plan, found))
+    for caption, table in text_tables(plan, found):
+        lines += [f"## {_markdown_cell(caption)}", "", *_markdown_table(table), ""]
+    lines += ["## Every finished cell", ""]
+    return "\n".join([*lines, *_markdown_table(cells(found))]) + "\n"
+
+
+def text_tables(plan, found) -> Iterator[tuple[str, list[list[str]]]]:
+    """The tables that a sweep is for: captions, and rows with a header."""
+    if plan["table"] != "table1":
+        yield from summary.text_tables(plan, found)
+        return
     for caption, metric, modes, body in accuracies(plan, found):
         header = ["data", *([] if metric else ["metric"])]
         header += [f"{method}, {_SHORT[mode]}" for mode in modes for method in plan["methods"]]
@@ -41,9 +63,7 @@ def markdown(plan, found) -> str:
         for name, shown, line in body:
             title = [name] if metric else [name, METRICS[shown]]
             table.append(title + [_as_text(seeds, shown) for seeds in line])
-        lines += [f"## {_markdown_cell(caption)}", "", *_markdown_table(table), ""]
-    lines += ["## Every finished cell", ""]
-    return "\n".join([*lines, *_markdown_table(cells(found))]) + "\n"
+        yield caption, table
 
 
 def _markdown_table(table):
@@ -60,7 +80,7 @@ def _markdown_cell(cell):
 
 def headline(plan) -> str:
     """Headline of a sweep."""
-    return f"Table 1: transfer from {plan['source']}, protocol {plan['protocol']}"
+    return TABLES[plan["table"]].format(source=plan["source"], protocol=plan["protocol"])
 
 
 def progress(plan, found) -> str:
@@ -117,8 +137,10 @@ def accuracies(plan, found) -> Iterator[tuple[str, str | None, list[str], list[t
         yield f"{backbone}: {title} (%), mean over seeds (least to most)", metric, modes, lines
 
 
-def accuracy_tables(plan, found) -> list[html.Table]:
-    """`accuracies` with links to the files of each seed."""
+def main_tables(plan, found) -> list[html.Table]:
+    """`text_tables` for the report; those of table 1 with links to the files of each seed."""
+    if plan["table"] != "table1":
+        return summary.html_tables(plan, found)
     tables = []
     for caption, metric, modes, lines in accuracies(plan, found):
         names = ["data"] if metric else ["data", "metric"]
@@ -166,16 +188,16 @@ def differences(plan, found) -> tuple[html.Table, list[str]]:
     first, *others = compared(plan)
     table = [["data", "metric", "backbone", "mode", *(f"{first} and {o}" for o in others)]]
     verdicts = []
-    for (dataset, mode), backbone in itertools.product(blocks(plan), plan["backbones"]):
+    for (dataset, mode), (name, of_series) in itertools.product(blocks(plan), series(plan).items()):
         metric = headline_metric(dataset)
-        known = {"dataset": dataset, "mode": mode, "backbone": backbone}
+        known = {"dataset": dataset, "mode": mode, **of_series}
         seeds = {
             method: [row[metric] for row in select(found, method=method, **known)]
             for method in plan["methods"]
         }
         said = [compare(first, seeds[first], other, seeds[other]) for other in others]
         verdicts += said
-        table.append([label(found, dataset), METRICS[metric], backbone, MODES[mode], *said])
+        table.append([label(found, dataset), METRICS[metric], name, MODES[mode], *said])
     caption = "Difference of the means in points, and whether the ranges of the seeds are apart"
     return html.Table(caption, table), verdicts
 
@@ -207,15 +229,15 @@ def blocks(plan) -> list[tuple[str, str]]:
 
 
 def collapse(plan, found) -> list[html.Table]:
-    """Collapse measures of each backbone on the source and the targets, where there are any."""
+    """Collapse measures of each series on the source and the targets, where there are any."""
     names = [name for row in found for name in row if name.startswith("nc/")]
     # Splits and data sets of different size stand side by side.
     measures = comparable(list(dict.fromkeys(name.rpartition("/")[2] for name in names)))
     tables = []
-    for backbone in plan["backbones"]:
+    for title, known in series(plan).items():
         table = [["data", "method", "features, split", *measures]]
         for (dataset, mode), method in itertools.product(blocks(plan), plan["methods"]):
-            seeds = select(found, backbone=backbone, dataset=dataset, mode=mode, method=method)
+            seeds = select(found, dataset=dataset, mode=mode, method=method, **known)
             names = [name for row in seeds for name in row if name.startswith("nc/")]
             for split in dict.fromkeys(name[3:].rpartition("/")[0] for name in names):
                 line = [label(found, dataset), method, f"{_FEATURES[mode]}, {split}"]
@@ -224,7 +246,7 @@ def collapse(plan, found) -> list[html.Table]:
                     line.append(_figures([row[name] for row in seeds if name in row]))
                 table.append(line)
         if len(table) > 1:
-            tables.append(html.Table(backbone, table))
+            tables.append(html.Table(title, table))
     return tables
 
 
@@ -250,7 +272,7 @@ def cells(found, commands=None) -> list[list]:
     ]  # fmt: skip
     lines = [header + ([] if commands is None else ["command"])]
     for row in found:
-        values = [label(found, row["dataset"]), row["backbone"], row["method"], row["seed"]]
+        values = [label(found, row["dataset"]), series_name(row), row["method"], row["seed"]]
         values += [MODES[row["mode"]], *(f"{100 * row[metric]:.2f}" for metric in METRICS)]
         values += [row["examples"], _number(row["learning_rate"]), _number(row["C"])]
         values += [_number(row[n]) for n in ("k", "epochs", "image_size")]

@@ -189,6 +189,23 @@ def build(frame: str, num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
         return FRAMES[frame](num_classes, dim, seed)
 
 
+def fits(frame: str, num_classes: int, dim: int) -> bool:
+    """Whether `build` gives a frame of that name which is not that of another name.
+
+    Args:
+        frame: a key of `FRAMES`.
+        num_classes: K >= 2.
+        dim: feature dimension p >= 2.
+
+    Returns:
+        of `"simplex_etf"` whether p >= K-1; of `"softmax_code"`, which is the simplex there,
+        whether p < K-1; of the others whether p >= K.
+    """
+    if frame in ("simplex_etf", "softmax_code"):
+        return (dim >= num_classes - 1) == (frame == "simplex_etf")
+    return dim >= num_classes
+
+
 def coherence(frame: np.ndarray, rows: int = 1024) -> tuple[float, float]:
     """The largest cosine between two rows of a frame, and the largest absolute one.
 

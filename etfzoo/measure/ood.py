@@ -102,20 +102,21 @@ def detection(known, foreign) -> dict[str, float]:
 
 
 def evaluate(
-    model, source, foreign, batch_size: int = 128, feature_cache=None
-) -> dict[str, dict[str, float]]:
-    """Detection of the test images of another data set among those of the model's own, by score.
+    model, source, foreign, batch_size: int = 128, training_split="train", feature_cache=None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Detection of the test images of other data sets among those of the model's own.
 
     Args:
         model: an ImageClassifier with a head.
-        source: the data it was trained on: its training split gives means and components, its test
-            split the known images. See `etfzoo.data.sources.resolve`.
-        foreign: a data set of other classes; the role `test` of it.
+        source: the data it was trained on, as it was trained on: the training split gives means and
+            components, the test split the known images. See `etfzoo.data.sources.resolve`.
+        foreign: data sets of other classes by name; the role `test` of them.
         batch_size: images a step.
+        training_split: split or role of `source`.
         feature_cache: see `etfzoo.measure.features.Extractor.load`.
 
     Returns:
-        see `detection`; by the names of the scores of `Detector`.
+        see `detection`; by the names of the data sets and those of the scores of `Detector`.
 
     Raises:
         EtfzooError: see `Detector`; or an image cannot be decoded.
@@ -126,6 +127,10 @@ def evaluate(
         pipeline = evaluation_pipeline(model.spec, data, batch_size)
         return extractor.load(pipeline, split, feature_cache)
 
-    detector = Detector(model, load(source, "train"))
-    known, others = (detector.scores(load(data, "test")) for data in (source, foreign))
-    return {name: detection(known[name], others[name]) for name in known}
+    detector = Detector(model, load(source, training_split))
+    known = detector.scores(load(source, "test"))
+    found = {}
+    for name, data in foreign.items():
+        others = detector.scores(load(data, "test"))
+        found[name] = {score: detection(known[score], others[score]) for score in known}
+    return found

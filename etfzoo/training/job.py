@@ -13,6 +13,7 @@ from etfzoo.training import protocols
 from etfzoo.training.config import TrainConfig
 
 MODES = ("full", "linear_probe", "knn")
+EVALUATE = "evaluate"
 # What a pretrained model tells by itself.
 _FROM_MODEL = ("init", "backbone", "norm", "mean", "std")
 
@@ -25,9 +26,11 @@ class Job:
         config: the run; its own rate and decay count where no candidates are given.
         workdir: directory of the run.
         mode: `"full"` trains all weights; `"linear_probe"` and `"knn"` fit frozen features of
-            `config.init`, see `etfzoo.training.transfer`.
+            `config.init`, see `etfzoo.training.transfer`; `"evaluate"` trains nothing, see
+            `etfzoo.training.evaluation.evaluate`.
         learning_rates, weight_decays, widen, search_epochs: see `etfzoo.training.search.pick`.
         feature_cache: directory of features of frozen networks; None keeps none.
+        ood_datasets: data sets of other things, for `"evaluate"`.
     """
 
     config: TrainConfig
@@ -38,17 +41,20 @@ class Job:
     widen: bool = False
     search_epochs: int | None = None
     feature_cache: str | None = None
+    ood_datasets: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
-        for name in ("learning_rates", "weight_decays"):
+        if self.mode not in (*MODES, EVALUATE):
+            raise unknown("mode", self.mode, (*MODES, EVALUATE))
+        for name in ("learning_rates", "weight_decays", "ood_datasets"):
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
 
     def run(self) -> dict:
         """Does it, or goes on where it was stopped; returns the figures of `result.json`."""
-        from etfzoo.training import loop, search, transfer
+        from etfzoo.training import evaluation, loop, search, transfer
 
+        if self.mode == EVALUATE:
+            return evaluation.evaluate(self.config, self.workdir, self.ood_datasets)
         if self.mode == "linear_probe":
             return transfer.linear_probe(
                 self.config, self.workdir, feature_cache=self.feature_cache
@@ -90,11 +96,19 @@ class Job:
     @property
     def command(self) -> str:
         """The command of `etfzoo` that does it."""
+        if self.mode == EVALUATE:
+            return EVALUATE
         return "finetune" if self.config.init else "pretrain"
 
     def arguments(self) -> list[str]:
         """Flags of that command: all that its protocol and its model don't tell."""
         config, task = self.config, self.command
+        if self.mode == EVALUATE:
+            flags = {"model": _short(config.init), "dataset": config.dataset}
+            flags |= {"data_dir": config.data_dir, "split": config.eval_split}
+            flags |= {"ood_dataset": self.ood_datasets, "batch_size": config.batch_size}
+            flags |= {"output": self.workdir}
+            return [_argument(name, value) for name, value in flags.items() if value]
         given: dict = {"dataset": config.dataset, "protocol": config.protocol}
         if config.init:
             given = {"model": _short(config.init), "mode": self.mode, "head": config.head} | given

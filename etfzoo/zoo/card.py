@@ -17,7 +17,8 @@ def text(name: str, version: int, metadata: dict) -> str:
         version: its number.
         metadata: see `etfzoo.zoo.metadata.read_metadata`; of `provenance` it shows `command`,
             `dataset` and its `title`, `init`, `epochs`, `seed`, `hardware`, `seconds` (of
-            training), `licences` (terms by data set), `intended_use` and `limits`.
+            training), `licences` (terms by data set), `intended_use`, `limits` and, of its
+            `config`, `imbalance`.
     """
     spec, made = metadata["spec"], metadata.get("provenance") or {}
     height, width, _ = spec.input_shape
@@ -33,10 +34,11 @@ def text(name: str, version: int, metadata: dict) -> str:
         head = f"projector ({layers} of {spec.projector_width} units), {head}"
     norm = "switchable whitening" if spec.norm == "sw" else "batch norm"
     command, dataset, title = (made.get(name) for name in ("command", "dataset", "title"))
+    trained_on = f"{dataset}: {title}" if dataset and title else dataset
     terms = [f"{data}: {licence}" for data, licence in (made.get("licences") or {}).items()]
     rows = [
         ("Network", f"{spec.backbone} ({norm}), {head}, RGB images of {size}"),
-        ("Trained on", f"{dataset}: {title}" if dataset and title else dataset),
+        ("Trained on", f"{trained_on}{_tail(made)}" if trained_on else None),
         ("Started from", made.get("init") or ("random weights" if "init" in made else None)),
         ("Command", f"`{command}`" if command else None),
         ("Epochs", made.get("epochs")),
@@ -104,6 +106,18 @@ def _accuracy(metrics):
         return [f"{UNKNOWN.capitalize()}."]
     on = f"On {metrics.get('examples', f'an {UNKNOWN} number of')} images"
     return [f"{on} of the {metrics.get('split', UNKNOWN)} split:", "", *lines]
+
+
+def _tail(made):
+    """That what was trained on is a long tail of the data set."""
+    config = made.get("config")
+    imbalance = config.get("imbalance", 1) if isinstance(config, dict) else 1
+    if not isinstance(imbalance, int | float) or imbalance == 1:
+        return ""
+    return (
+        f"; of its training images a long tail, {imbalance:g} times as many of the largest class "
+        "as of the smallest"
+    )
 
 
 def _duration(seconds):

@@ -144,12 +144,20 @@ def test_the_suggestion_of_publish_is_quoted(run, tmp_path, capsys, monkeypatch)
 
 SWEEP = {
     "root": "w", "source": "digits", "backbones": ("rn18", "rn34"), "methods": ("etf",),
-    "targets": ("dtd", "stl10"), "seeds": (3, 4), "modes": ("knn",), "protocol": "small",
-    "data_dir": "d", "learning_rates": (0.3, 0.1), "source_learning_rates": (0.5, 0.6),
-    "source_search_epochs": 2, "epochs": 11, "batch_size": 12, "finetune_epochs": 13,
-    "finetune_batch_size": 14, "image_size": 48, "image_size_schedule": ((32, 2), (40, 3)),
-    "eval_every": 5, "mixed_precision": "float16", "cache": "device", "deterministic": False,
+    "seeds": (3, 4), "protocol": "small", "data_dir": "d", "source_learning_rates": (0.5, 0.6),
+    "source_search_epochs": 2, "epochs": 11, "batch_size": 12, "image_size": 48,
+    "image_size_schedule": ((32, 2), (40, 3)), "eval_every": 5, "mixed_precision": "float16",
+    "cache": "device", "deterministic": False,
 }  # fmt: skip
+TRANSFER = {
+    "targets": ("dtd", "stl10"), "modes": ("knn",), "learning_rates": (0.3, 0.1),
+    "finetune_epochs": 13, "finetune_batch_size": 14,
+}  # fmt: skip
+TABLES = {
+    "table1": SWEEP | TRANSFER,
+    "table_longtail": SWEEP | {"imbalances": (20.0, 5.0)},
+    "table_variants": SWEEP | TRANSFER | {"ood_datasets": ("dtd",)},
+}
 
 
 def _text(value):
@@ -158,18 +166,36 @@ def _text(value):
     return ",".join(":".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
 
 
-def test_table1(run):
+@pytest.mark.parametrize("table, values", TABLES.items())
+def test_tables(run, table, values):
     """Every argument of a sweep is other than its default."""
-    assert all(f.default != SWEEP[f.name] for f in dataclasses.fields(sweep.Sweep))
+    fields = {field.name: field.default for field in dataclasses.fields(sweep.Sweep)}
+    assert set().union(*TABLES.values(), ["table"]) == set(fields)
+    assert all(fields[name] != value for name, value in values.items())
     run.note(runner, "run", [])
     run.note(report, "write", "report.html")
+    run.note(report, "text", "")
     named = {"root": "workdir", "learning_rates": "learning_rate"}
     named |= {"source_learning_rates": "source_learning_rate"}
-    arguments = [f"--{named.get(name, name)}={_text(v)}" for name, v in SWEEP.items()]
-    (_, (settings, command, jobs, gpus), _), (_, written, _) = run("table1", *arguments, "--jobs=3")
-    assert dataclasses.asdict(settings) == SWEEP
-    assert command.startswith("python recipes/table1.py") and (jobs, gpus) == (3, 0)
-    assert written == ("w",)
+    arguments = [f"--{named.get(name, name)}={_text(v)}" for name, v in values.items()]
+    found = {name: given for name, given, _ in run(table, *arguments, "--jobs=3")}
+    settings, command, jobs, gpus = found["run"]
+    given = {name: getattr(settings, name) for name in values}
+    assert given == values and settings.table == table
+    if table == "table_longtail":
+        assert settings.targets == () and "text" in found
+    assert command.startswith(f"python recipes/{table}.py") and (jobs, gpus) == (3, 0)
+    assert found["write"] == ("w",)
+
+
+def test_variants_are_by_default_all_that_fit(run):
+    run.note(runner, "run", [])
+    run.note(report, "write", "report.html")
+    run.note(report, "text", "")
+    (_, (settings, *_), _), *_ = run("table_variants", "--source=imagenet2012")
+    # 1000 classes in 512 features: no simplex, but a softmax code.
+    assert "etf_softmax_code" in settings.methods and "linear" in settings.methods
+    assert not {"etf", "etf_hadamard", "etf_l2"} & set(settings.methods)
 
 
 def test_table1_quick(run, tmp_path):

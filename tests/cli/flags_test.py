@@ -59,10 +59,10 @@ def checked(command, module):
         return configs.finetune_config(None, FLAGS.learning_rate or (), FLAGS.weight_decay or ())
     if command == "benchmark":
         return [module._config(cell) for cell in module._combinations()]
-    if command == "table1":
+    if command.startswith("table"):
         from etfzoo.experiments import sweep
 
-        return sweep.cells(module._settings())
+        return sweep.cells(module.COMMAND.settings())
     return FLAGS.flag_values_dict()
 
 
@@ -120,6 +120,9 @@ def test_drawn_flags(command, defined):
         ("table1", "--learning_rate=0.1,0.10", "learning_rate has 0.1 twice"),
         ("table1", "--seeds=-1", "seeds must be between 0 and 4294967295"),
         ("table1", "--jobs=0", "jobs must be between 1 and"),
+        ("table_longtail", "--imbalances=100,0.5", "imbalances must be between 1 and"),
+        ("table_longtail", "--methods=etf_ajusted", "did you mean etf_adjusted"),
+        ("table_variants", "--ood_datasets=dtd,dtd", "ood_datasets has 'dtd' twice"),
         ("benchmark", "--seconds=nan", "seconds must be between"),
         ("benchmark", "--batch_size=8,many", "batch_size must be a whole number; got 'many'"),
         ("finetune", "--mode=linear", "did you mean linear_probe"),
@@ -161,12 +164,12 @@ def test_paths_are_expanded_and_models_named(defined, tmp_path):
 
 
 def test_choices_are_those_of_what_takes_them():
-    from etfzoo.cli import figure2, finetune, serve_client, table1
+    from etfzoo.cli import figure2, finetune, serve_client, sweeps
     from etfzoo.experiments import random_features, sweep
     from etfzoo.zoo import serving_client
 
     assert set(figure2.PROJECTIONS) == set(random_features.PROJECTIONS)
-    assert table1.MODES == finetune.MODES == tuple(sweep.MODES)
+    assert sweeps.MODES == finetune.MODES == tuple(sweep.MODES)
     assert set(serve_client.PROTOCOLS) == set(serving_client.PORTS)
 
 

@@ -86,6 +86,8 @@ RUN_BY = {
     "python recipes/export.py --model=*": "tests/zoo/export_test.py::test_recipe",
     "python recipes/serve_client.py *": "tests/zoo/serving_client_test.py::test_serve_client",
     "python recipes/table1.py --quick": 'tests/experiments/sweep_test.py::run_recipe("table1"',
+    "python recipes/table_longtail.py --quick": "tests/experiments/summary_test.py::--quick",
+    "python recipes/table_variants.py --quick": "tests/experiments/summary_test.py::--quick",
     "python recipes/figure3.py --models=A,B,C --dataset=*": (
         "tests/experiments/figures_test.py::test_figures_of_a_trained_model"
     ),
@@ -125,6 +127,8 @@ NOT_RUN = {
     "python recipes/finetune.py --model=rn18_etf --dataset=oxford_flowers102 *": HOURS,
     "python recipes/finetune.py --model=rn18_linear --dataset=oxford_flowers102 *": HOURS,
     "python recipes/table1.py --source=tiny_imagenet *": HOURS,
+    "python recipes/table_longtail.py --source=cifar100 *": HOURS,
+    "python recipes/table_variants.py --source=tiny_imagenet *": HOURS,
     "KERAS_BACKEND=jax python recipes/table1.py --source=tiny_imagenet *": GPU,
     "python recipes/figure2.py --model=runs/t1_*": HOURS,
     "python recipes/figure3.py --models=runs/t1_*": HOURS,
@@ -187,8 +191,8 @@ def test_flags_are_those_of_the_command(command, tmp_path):
             known = {name: FLAGS[name].value[0] for name in lists}
             known |= {"init": FLAGS.model} if command.recipe == "finetune" else {}
             configs.train_config(command.recipe, **known)
-        elif command.recipe == "table1":
-            module._settings()
+        elif command.recipe.startswith("table"):
+            module.COMMAND.settings()
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,6 @@ def test_another_data_set_than_the_one_that_was_trained_on(make_run, photos, tmp
     run = make_run(8, "digits")
     out, found = evaluate(run, photos, tmp_path)
     assert found is None and "-shot" not in out
-    assert f"no accuracy by number of training images: {run} was trained on digits" in out
+    assert f"the long tail that was trained on is not looked at: {run} was trained on digits" in out
     out, _ = evaluate(run, photos, tmp_path, "--shots", code=2)
     assert f"was trained on digits, not on folder:{photos}: leave out --shots" in out

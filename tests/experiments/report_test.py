@@ -54,7 +54,7 @@ def make_sweep(root, skip=(), examples=None, **changes):
     } | changes  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
     _json(root / "sweep.json", plan)
-    for cell, workdir in results.planned(plan):
+    for cell, workdir in results.planned(results.read_plan(root)):
         if workdir in skip:
             continue
         row, mode = DATASETS.get(cell["dataset"]), cell["mode"]
@@ -163,7 +163,7 @@ def test_rows_hold_what_the_workdirs_say(sweep):
             assert row[name] == (config[name] if trained else None)
         assert row["search_seconds"] == (6.0 if row["mode"] == "full" else None)
     modes = {m: sum(r["mode"] == m for r in rows) for m in results.MODES}
-    assert modes == {"source": 6, "full": 12, "linear_probe": 12, "knn": 12}
+    assert modes == {"source": 6, "full": 12, "linear_probe": 12, "knn": 12, "evaluate": 0}
     assert "shapes_textures/rn18_etf_s1/knn" in {row["workdir"] for row in rows}
 
 

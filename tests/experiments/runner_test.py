@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from etfzoo.experiments import runner, sweep
+from etfzoo.experiments import costs, runner, sweep
 from etfzoo.runtime.interruption import Stopped
 
 # In place of `python -m etfzoo.training`: begins, and ends as the name of its workdir says.
@@ -43,7 +43,7 @@ def settings(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_ROOT", tmp_path / "stand_in")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "resolve", lambda *args: None)
-    monkeypatch.setattr(sweep, "examples", lambda *args: 100)
+    monkeypatch.setattr(costs, "examples", lambda *args: 100)
     return sweep.Sweep(
         root=str(tmp_path / "root"), source="digits", targets=("shapes/outlines",), epochs=1,
         backbones=("rn18",), methods=("linear", "etf"), modes=("full", "knn"),

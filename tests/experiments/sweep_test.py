@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from etfzoo.errors import EtfzooError
-from etfzoo.experiments import runner, sweep
+from etfzoo.experiments import costs, runner, sweep
 from etfzoo.measure.features import Features
 from etfzoo.runtime import hardware
 from etfzoo.training import search, transfer
@@ -263,14 +263,14 @@ def test_damaged_files_of_cells_are_made_again(embedded_dir, tmp_path, name, con
     made_again = name in ("result", "selection")
     assert sweep.state(cell) == ("resumable" if made_again else "finished")
     workdir.result.unlink()
-    assert sweep.remaining_images(cell) > 0 and sweep.measured_rates([cell]) == {}
+    assert costs.remaining_images(cell) > 0 and costs.measured_rates([cell]) == {}
 
 
 def test_examples_of_roles():
-    assert sweep.examples("oxford_flowers102", "train") == 2040
-    assert sweep.examples("oxford_flowers102", "fit") == 1020
-    assert sweep.examples("cifar10", "fit") + sweep.examples("cifar10", "select") == 50_000
-    assert sweep.examples("imagenet2012", "test") == 50_000
+    assert costs.examples("oxford_flowers102", "train") == 2040
+    assert costs.examples("oxford_flowers102", "fit") == 1020
+    assert costs.examples("cifar10", "fit") + costs.examples("cifar10", "select") == 50_000
+    assert costs.examples("imagenet2012", "test") == 50_000
 
 
 @pytest.mark.parametrize("protocol", ["paper_lowres", "standard"])
@@ -294,14 +294,14 @@ def test_the_plan_of_imagenet_needs_no_data(protocol, tmp_path):
 def test_what_was_made_by_hand_is_finished(small):
     cells = sweep.cells(small)
     assert [sweep.state(cell) for cell in cells] == ["finished", "to do", "to do"]
-    (rate,) = sweep.measured_rates(cells).values()
+    (rate,) = costs.measured_rates(cells).values()
     seconds = hardware.read(cells[0].workdir)["seconds"]
     # 200 images in batches of 50, twice the 1297 of the test split and once more those trained on.
     images = 200 + (1297 + 200 + 1297) / 3
     assert rate == pytest.approx(images / seconds)
-    assert sweep.remaining_images(cells[0]) == 0
+    assert costs.remaining_images(cells[0]) == 0
     # Fine-tuning on another data set is of the same kind, its probe is not.
-    assert [sweep.kind(cell) in sweep.measured_rates(cells) for cell in cells] == [
+    assert [costs.kind(cell) in costs.measured_rates(cells) for cell in cells] == [
         True,
         True,
         False,

@@ -193,3 +193,17 @@ def test_welch_bound_is_met_by_an_equiangular_frame():
     lines[np.repeat(np.arange(28), 2), [i for a in range(8) for b in range(a) for i in (a, b)]] = 3
     lines = (lines / np.sqrt(24)) @ frames.helmert_basis(8)
     np.testing.assert_allclose(frames.coherence(lines)[1], frames.welch_bound(28, 7), rtol=1e-12)
+
+
+@pytest.mark.parametrize("classes, dim", [(5, 4), (5, 5), (4, 8), (6, 4), (8, 4)])
+@pytest.mark.parametrize("name", frames.FRAMES)
+def test_what_fits_is_there_and_no_other_frame(name, classes, dim):
+    def built(name):
+        try:
+            return frames.build(name, classes, dim)
+        except ValueError:
+            return None
+
+    frame = built(name)
+    other = name != "simplex_etf" and np.array_equal(frame, built("simplex_etf"))
+    assert frames.fits(name, classes, dim) == (frame is not None and not other)

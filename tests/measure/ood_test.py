@@ -64,12 +64,12 @@ def test_of_data_sets_and_what_cannot_be_told(tmp_path, layers):
     model = make_classifier("linear", projector_layers=layers)
     places = [make_image_folder(tmp_path / n, {"a": 9, "b": 7}, (40, 36)) for n in ("own", "other")]
     own, other = (sources.resolve(f"folder:{place}") for place in places)
-    found = ood.evaluate(model, own, other, batch_size=4)
-    assert list(found) == ["msp", "energy", "neco", "nci"]
-    for row in found.values():
+    found = ood.evaluate(model, own, {"other": other, "own": own}, batch_size=4)
+    assert list(found) == ["other", "own"]
+    assert list(found["other"]) == ["msp", "energy", "neco", "nci"]
+    for row in found["other"].values():
         assert 0 <= row["auroc"] <= 1 and 0 <= row["fpr95"] <= 1
-    same = ood.evaluate(model, own, own, batch_size=4)
-    assert {row["auroc"] for row in same.values()} == {0.5}
+    assert {row["auroc"] for row in found["own"].values()} == {0.5}
     constant = Features(np.ones((9, 512), np.float32), np.zeros(9, np.int64))
     with pytest.raises(EtfzooError, match="do not vary"):
         ood.Detector(model, constant)

@@ -304,4 +304,20 @@ def test_the_card_shows_what_is_known(tmp_path):
         "## Not good for\n\nOnly digits.\n",
     ):
         assert part in text
-    assert "decode_predictions" not in text
+    assert "decode_predictions" not in text and "long tail" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"imbalance": 100.0}, "digits; of its training images a long tail, 100 times as many of "),
+        ({"imbalance": 1.0}, "digits |"),
+        ({}, "digits |"),
+        (None, "digits |"),
+        ({"imbalance": "many"}, "digits |"),  # by a stranger
+    ],
+)
+def test_the_card_names_the_imbalance(config, shown):
+    spec = etfzoo.build_classifier("rn18", 10, input_shape=(32, 32, 3)).spec
+    metadata = {"spec": spec, "provenance": {"dataset": "digits", "config": config}}
+    assert f"| Trained on | {shown}" in card.text("rn18_etf.x", 1, metadata)

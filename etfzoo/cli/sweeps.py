@@ -10,9 +10,9 @@ from etfzoo.cli import flags
 from etfzoo.cli.flags import FLAGS, as_started
 from etfzoo.experiments.methods import METHODS, VARIANTS
 from etfzoo.models.table import BACKBONES
-from etfzoo.training.settings import MOST_IMAGES, SEEDS
 from etfzoo.training.job import MODES
 from etfzoo.training.protocols import PROTOCOLS
+from etfzoo.training.settings import MOST_IMAGES, SEEDS
 
 RATES = {"low": 1e-12, "high": 10**6}
 _TRANSFER = ("targets", "modes", "finetune_epochs", "finetune_batch_size")

@@ -30,7 +30,8 @@ def main():
         f"{config.backbone}_{config.head}{'_sw' if config.norm == 'sw' else ''}_s{config.seed}"
     )
     layers = config.projector_layers
-    parts = [f"projector of {layers}"] * bool(layers) + [f"{config.head} head", config.norm]
+    kind = "" if config.projector_kind == "trained" else f"{config.projector_kind} "
+    parts = [f"{kind}projector of {layers}"] * bool(layers) + [f"{config.head} head", config.norm]
     print(
         f"pretraining {config.backbone} ({', '.join(parts)}) on {config.dataset} at "
         f"{config.image_size} px for {config.epochs} epochs, etfzoo {etfzoo.__version__} -> "
@@ -57,8 +58,8 @@ def run():
     """Defines the flags and runs the command."""
     flags.settings(
         "backbone", "head", "norm", "feature_norm", "frame", "scale", "learn_scale",
-        "projector_layers", "projector_width", "initializer", "zero_gamma", "mean", "std",
-        backbone="rn50", head="etf",
+        "projector_layers", "projector_width", "projector_kind", "guided", "initializer",
+        "zero_gamma", "mean", "std", backbone="rn50", head="etf",
     )  # fmt: skip
     flags.training_flags("paper", "imagenet2012", lists=("learning_rate",))
     flags.boolean("Training", "widen", False, "add rates while the best lies at the grid's edge")

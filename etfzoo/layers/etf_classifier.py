@@ -140,12 +140,17 @@ class ETFClassifier(keras.layers.Layer):
         """The factor on the logits as it is now: `scale` until it is trained."""
         return ops.exp(self.log_scale) if self.learn_scale else self.scale
 
-    def call(self, features, training=None):
+    def normalized(self, features, training=None):
+        """Features `[batch, p]` after the feature norm: what is multiplied by the kernel."""
         h = ops.cast(features, self.logits_dtype)
         if self.batch_norm is not None:
             h = self.batch_norm(h, training=training)
         if self.feature_norm.endswith("l2"):
             h = ops.normalize(h, axis=-1, order=2)
+        return h
+
+    def call(self, features, training=None):
+        h = self.normalized(features, training)
         return self.logit_scale * ops.matmul(h, self.kernel)
 
     @property

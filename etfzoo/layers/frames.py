@@ -206,6 +206,52 @@ def fits(frame: str, num_classes: int, dim: int) -> bool:
     return dim >= num_classes
 
 
+def nearest_etf(means: np.ndarray, frame: np.ndarray, proximity: float = 1e-3) -> np.ndarray:
+    """The simplex ETF that is nearest to class means: a given one, turned to them.
+
+    Of all `W R` with R orthogonal it is the one with the least
+
+        |M - W R / sqrt(K)|^2 + proximity / 2 |(W R - W) sqrt((K-1) / K)|^2
+
+    where M are the means less their mean, at norm 1, as `W / sqrt(K)` is. The second term, that of
+    Markou et al., "Guiding neural collapse: optimising towards the nearest simplex equiangular
+    tight frame" (NeurIPS 2024), keeps W where the means say nothing, e.g. of a class without
+    examples. What they search on a manifold has a closed form, the orthogonal Procrustes problem
+    (Schoenemann 1966): with the Helmert basis H, `W = sqrt(K/(K-1)) H X^T` for some X with
+    orthonormal columns, and the new X is the orthonormal factor of the polar decomposition of
+    `2/sqrt(K-1) M^T H + proximity X`.
+
+    Args:
+        means: `[K, p]`. What is added to all rows, or a factor, changes nothing.
+        frame: W, a simplex ETF `[K, p]`.
+        proximity: weight of the second term.
+
+    Returns:
+        float64 `[K, p]`, a simplex ETF but for rounding, the same bits on any number of cores.
+    """
+    classes = len(frame)
+    basis = helmert_basis(classes)
+    here = np.sqrt((classes - 1) / classes) * frame.T.astype(np.float64) @ basis
+    centred = means - means.mean(0)
+    size = np.linalg.norm(centred)
+    if size > 0:
+        centred = centred / size
+    with threadpool_limits(1, "blas"):
+        target = 2 / np.sqrt(classes - 1) * centred.T @ basis + proximity * here
+        left, _, right = np.linalg.svd(target, full_matrices=False)
+        return _simplex(classes, left @ right)
+
+
+def is_simplex_etf(frame: np.ndarray, tolerance: float = 1e-3) -> bool:
+    """Whether the norms of the rows are 1 and all their cosines -1/(K-1), within a tolerance."""
+    frame = frame.astype(np.float64)
+    if np.abs(np.linalg.norm(frame, axis=1) - 1).max() > tolerance:
+        return False
+    cosine = -1 / (len(frame) - 1)
+    largest, size = coherence(frame)
+    return largest <= cosine + tolerance and size <= -cosine + tolerance
+
+
 def coherence(frame: np.ndarray, rows: int = 1024) -> tuple[float, float]:
     """The largest cosine between two rows of a frame, and the largest absolute one.
 

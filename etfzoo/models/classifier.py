@@ -37,7 +37,9 @@ class ImageClassifier(keras.Model):
             )(images)
             x = backbones.apply_backbone(spec.backbone, x, spec.norm)
             x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-            if spec.projector_layers:
+            if spec.projector_kind == "etf":
+                x = projector.apply_etf_projector(x, spec.projector_layers, dtype)
+            elif spec.projector_layers:
                 x = projector.apply_projector(x, spec.projector_layers, spec.projector_width, dtype)
             if spec.head == "etf":
                 x = ETFClassifier(
@@ -63,7 +65,9 @@ class ImageClassifier(keras.Model):
     def taps(self) -> dict[str, keras.KerasTensor]:
         names = backbones.tap_layers(self.spec.backbone) | {"features": "features"}
         if self.spec.projector_layers:
-            names["projected"] = projector.output_layer(self.spec.projector_layers)
+            names["projected"] = projector.output_layer(
+                self.spec.projector_layers, self.spec.projector_kind
+            )
         if self.spec.head is not None:
             names["logits"] = "logits"
         return {tap: self.get_layer(layer).output for tap, layer in names.items()}
@@ -97,6 +101,8 @@ def build_classifier(
     learn_scale: bool = False,
     projector_layers: int = 0,
     projector_width: int | None = None,
+    projector_kind: str = "trained",
+    guided: bool = False,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     crop: float = 0.875,
@@ -113,13 +119,16 @@ def build_classifier(
             published places (see `etfzoo.models.backbones.whiten`) and batch norm elsewhere.
         input_shape: `(height, width, 3)`; height and width may be None.
         feature_norm: `"none"`, `"bn"`, `"l2"` or `"bn_l2"`; ETF head only.
-        scale: factor on the ETF head's logits; None means 16 on L2-normalised features, else 1.
+        scale: factor on the ETF head's logits; None means 16 on features of unit length, else 1.
         seed: seed of the ETF. The other weights draw from Keras's global seed
             (`keras.utils.set_random_seed`).
         frame, learn_scale: of the fixed classifier, see `etfzoo.layers.ETFClassifier`.
         projector_layers: hidden layers of the projector between features and head, 1 to 3; 0 is
             none. See `etfzoo.models.projector`.
         projector_width: units of each; None is as many as features. It is the p of an ETF.
+        projector_kind: `"trained"`, or `"etf"` for one of frozen ETFs.
+        guided: whether training turns the simplex ETF to the class means, see
+            `etfzoo.layers.frames.nearest_etf`; ETF head only. Here it has the place of its seed.
         mean, std: per channel, on the 0..255 scale.
         crop: share of the shorter side that evaluation keeps around the centre.
         class_names: label names in the order of the logits, or None.
@@ -154,6 +163,8 @@ def build_classifier(
             learn_scale=learn_scale,
             projector_layers=projector_layers,
             projector_width=projector_width,
+            projector_kind=projector_kind,
+            guided=guided,
             mean=mean,
             std=std,
             crop=crop,

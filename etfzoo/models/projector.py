@@ -1,7 +1,9 @@
 """The projector: an expendable MLP between the pooled features and the head.
 
-Source: Sariyildiz et al., "No reason for no supervision: improved generalization in supervised
-models" (t-ReX), ICLR 2023, and its public code. What differs from that, and why: docs/layers.md.
+Sources: of the trained one Sariyildiz et al., "No reason for no supervision: improved
+generalization in supervised models" (t-ReX), ICLR 2023; of the one of frozen ETFs Harun et al.,
+"Controlling neural collapse enhances out-of-distribution detection and transfer learning", ICML
+2025; and their public code. What differs from that, and why: docs/layers.md.
 """
 
 import keras
@@ -44,9 +46,40 @@ def apply_projector(features, layers: int, width: int, dtype: str) -> keras.Kera
     return x
 
 
-def output_layer(layers: int) -> str:
-    """Name of the last layer of a projector of so many layers."""
-    return f"projector{layers}_relu"
+def apply_etf_projector(features, layers: int, dtype: str) -> keras.KerasTensor:
+    """Calls a projector of frozen simplex ETFs on symbolic features; it has no weights.
+
+    With the ETF `M = sqrt(p/(p-1)) (I - 11^T/p)` of p vectors in p dimensions it is
+
+        u <- ReLU(M u)  in each hidden layer, from the features h on,   then   M u / |M u|
+
+    M takes the mean off, but for a factor. The layer normalisation that stands for it here has
+    another positive factor, of each example its own, which the unit length at the end takes out.
+
+    Args:
+        features: KerasTensor `[N, p]`.
+        layers: number of hidden layers, 1 or more; 1 is the paper's projector of two layers.
+        dtype: what it computes in.
+
+    Returns:
+        The output of the last layer, `[N, p]`, of length 1 and sum 0. Layers are named
+        `projector1_etf`, `projector1_relu` and so on, `projector_etf`, `projector_l2`.
+    """
+
+    def etf(name):
+        return keras.layers.LayerNormalization(center=False, scale=False, name=name, dtype=dtype)
+
+    x = features
+    for number in range(1, layers + 1):
+        x = etf(f"projector{number}_etf")(x)
+        x = keras.layers.ReLU(name=f"projector{number}_relu", dtype=dtype)(x)
+    x = etf("projector_etf")(x)
+    return keras.layers.UnitNormalization(name=output_layer(layers, "etf"), dtype=dtype)(x)
+
+
+def output_layer(layers: int, kind: str = "trained") -> str:
+    """Name of the last layer of a projector of that kind and so many layers."""
+    return "projector_l2" if kind == "etf" else f"projector{layers}_relu"
 
 
 def is_projector_variable(path: str) -> bool:

@@ -9,6 +9,7 @@ from etfzoo.models.table import (
     FRAMES,
     HEADS,
     NORMS,
+    PROJECTOR_KINDS,
     PROJECTOR_LAYERS,
     PROJECTOR_WIDTH,
     get_backbone,
@@ -18,9 +19,12 @@ IMAGENET_MEAN, IMAGENET_STD = IMAGENET_STATISTICS
 # What belongs to the etf head, and what stands there of another one.
 ETF_FIELDS = {
     "feature_norm": "none", "scale": None, "frame": "simplex_etf", "learn_scale": False,
+    "guided": False,
 }  # fmt: skip
 # The projector goes with a head of either kind, see `etfzoo.models.projector`.
-PROJECTOR_FIELDS = {"projector_layers": 0, "projector_width": None}
+PROJECTOR_FIELDS = {
+    "projector_layers": 0, "projector_width": None, "projector_kind": "trained",
+}  # fmt: skip
 # All that a fresh head does not take over from the one before it.
 HEAD_FIELDS = ETF_FIELDS | PROJECTOR_FIELDS
 
@@ -48,6 +52,8 @@ class ClassifierSpec:
     learn_scale: bool = False
     projector_layers: int = 0
     projector_width: int | None = None
+    projector_kind: str = "trained"
+    guided: bool = False
 
     def __post_init__(self):
         for field in ("input_shape", "mean", "std", "class_names", "class_descriptions"):
@@ -55,12 +61,18 @@ class ClassifierSpec:
             if value is not None:
                 object.__setattr__(self, field, tuple(value))
         if self.scale is None:
-            scale = 16.0 if self.feature_norm.endswith("l2") else 1.0
-            object.__setattr__(self, "scale", scale)
+            unit = self.feature_norm == "none" and self.projector_kind == "etf"
+            unit = (unit or self.feature_norm.endswith("l2")) and self.head == "etf"
+            object.__setattr__(self, "scale", 16.0 if unit else 1.0)
         row = get_backbone(self.backbone)
-        check_projector(self.projector_layers, self.projector_width)
+        check_projector(self.projector_layers, self.projector_width, self.projector_kind)
         if self.projector_layers and self.projector_width is None:
             object.__setattr__(self, "projector_width", row.feature_dim)
+        if self.projector_kind == "etf" and self.projector_width != row.feature_dim:
+            raise EtfzooError(
+                f"the etf projector keeps the width of the features, {row.feature_dim}: leave out "
+                "`projector_width`"
+            )
         if self.projector_layers and self.head is None:
             raise EtfzooError("projector_layers belong to a head: features are taken before them")
         if self.head is not None and self.head not in HEADS:
@@ -74,6 +86,11 @@ class ClassifierSpec:
             raise unknown("feature_norm", self.feature_norm, FEATURE_NORMS)
         if self.frame not in FRAMES:
             raise unknown("frame", self.frame, FRAMES)
+        if self.guided and self.frame != "simplex_etf":
+            raise EtfzooError(
+                f"`guided` turns a simplex ETF to the class means, and no {self.frame}: leave out "
+                "`frame`"
+            )
         if (
             len(self.input_shape) != 3
             or self.input_shape[-1] != 3
@@ -121,15 +138,17 @@ class ClassifierSpec:
         return cls(**values)
 
 
-def check_projector(layers, width) -> None:
-    """Checks the size of a projector, see `etfzoo.models.projector`.
+def check_projector(layers, width, kind) -> None:
+    """Checks size and kind of a projector, see `etfzoo.models.projector`.
 
     Args:
         layers: number of hidden layers; 0 is no projector.
         width: units of each; None is as many as features.
+        kind: `"trained"` or `"etf"`.
 
     Raises:
-        EtfzooError: no whole numbers, out of their limits, or a projector of no hidden layer.
+        EtfzooError: no whole numbers, out of their limits, an unknown kind, or a projector of no
+            hidden layer.
     """
     for name, value, low, high in (
         ("projector_layers", layers, 0, PROJECTOR_LAYERS),
@@ -144,4 +163,10 @@ def check_projector(layers, width) -> None:
             "a projector without a hidden layer is linear, and a fixed head behind it a trainable "
             f"one in disguise: give `projector_layers` (1 to {PROJECTOR_LAYERS}) with "
             "`projector_width`"
+        )
+    if kind not in PROJECTOR_KINDS:
+        raise unknown("projector_kind", kind, PROJECTOR_KINDS)
+    if kind != "trained" and not layers:
+        raise EtfzooError(
+            f"there is no projector: with `projector_kind={kind}` give `projector_layers`, too"
         )

@@ -12,6 +12,7 @@ FRAMES = ("simplex_etf", "centred_etf", "orthogonal", "hadamard", "softmax_code"
 INITIALIZERS = ("glorot_uniform", "he_fan_out")
 # The most hidden layers of a projector, and units of one.
 PROJECTOR_LAYERS, PROJECTOR_WIDTH = 3, 2**15
+PROJECTOR_KINDS = ("trained", "etf")
 # The paper's three ways to pretrain: head and norm.
 METHODS = {"linear": ("linear", "bn"), "sw": ("linear", "sw"), "etf": ("etf", "bn")}
 

@@ -84,6 +84,39 @@ def squared_error(labels, logits, class_weights=None):
     return ops.mean(squares, axis=-1)
 
 
+def crowding(features, others=None, first=0):
+    """Minus the logarithm of each feature's distance to its nearest neighbour, at unit length.
+
+    Its mean is, but for constants, minus the entropy of the features by the estimator of Kozachenko
+    and Leonenko (1987). As a regulariser of the features it is that of Harun et al., "Controlling
+    neural collapse enhances out-of-distribution detection and transfer learning" (ICML 2025):
+    `-log |u_i - u_j|` with `u = h / |h|` and j the nearest to i in the batch. Gradients are of both
+    ends of the distance.
+
+    Args:
+        features: `[N, p]`, N >= 2.
+        others: the features at unit length among which the neighbours are, `[M, p]`; None is these.
+        first: where the features stand among the others, so that none is its own neighbour.
+
+    Returns:
+        `[N]` in the dtype of the features, float32 for features of 16 bits. Distances count as 1e-6
+        at least, and what is nearer has no gradient: the direction of it would be one of rounding.
+    """
+    units = unit_length(features)
+    others = units if others is None else others
+    size = ops.shape(units)[0]
+    itself = ops.one_hot(first + ops.arange(size), ops.shape(others)[0], dtype=units.dtype)
+    nearest = ops.argmax(ops.matmul(units, ops.transpose(others)) - 4 * itself, axis=-1)
+    squares = ops.sum(ops.square(units - ops.take(others, nearest, axis=0)), axis=-1)
+    return -ops.log(ops.maximum(squares, 1e-12)) / 2
+
+
+def unit_length(features):
+    """Features `[N, p]` at length 1, in full precision."""
+    dtype = full_precision(keras.backend.standardize_dtype(features.dtype))
+    return ops.normalize(ops.cast(features, dtype), axis=-1, order=2)
+
+
 LOSSES: dict[str, Callable] = {
     "cross_entropy": cross_entropy,
     "dot_regression": dot_regression,

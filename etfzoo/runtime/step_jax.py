@@ -96,9 +96,14 @@ class Stepper(BaseStepper):
             scale = self.optimizer.scale_loss(1.0)
 
         def loss(trainable):
-            logits, updated = self.model.stateless_call(trainable, others, images, training=True)
+            outputs, updated = self.network.stateless_call(trainable, others, images, training=True)
+            logits = outputs[0] if self.entropy_weight else outputs
             per_example = self.loss(labels, logits)
-            return scale * (ops.sum(per_example) / len(labels)), (updated, logits, per_example)
+            minimised = per_example
+            if self.entropy_weight:
+                crowding = ops.cast(losses.crowding(outputs[1]), per_example.dtype)
+                minimised = per_example + self.entropy_weight * crowding
+            return scale * (ops.sum(minimised) / len(labels)), (updated, logits, per_example)
 
         gradients, (others, logits, per_example) = jax.grad(loss, has_aux=True)(trainable)
         if self.weight_decay:

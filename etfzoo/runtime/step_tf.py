@@ -73,11 +73,16 @@ class Stepper(BaseStepper):
         variables = self.model.trainable_variables
         values = [v.value for v in variables]
         with tf.GradientTape() as tape:
-            logits = self.model(images, training=True)
+            outputs = self.network(images, training=True)
+            logits = outputs[0] if self.entropy_weight else outputs
             per_example = self.loss(labels, logits)
+            minimised = per_example
+            if self.entropy_weight:
+                crowding = ops.cast(_crowding(outputs[1], replicas), per_example.dtype)
+                minimised = per_example + self.entropy_weight * crowding
             # Gradients are summed over replicas: divide by the global batch, not by this share.
             size = ops.cast(ops.shape(labels)[0] * replicas, per_example.dtype)
-            loss = self.optimizer.scale_loss(ops.sum(per_example) / size)
+            loss = self.optimizer.scale_loss(ops.sum(minimised) / size)
         gradients = tape.gradient(loss, values)
         if self.weight_decay:
             share = self.optimizer.scale_loss(self.weight_decay / replicas)
@@ -89,6 +94,23 @@ class Stepper(BaseStepper):
         right = ops.argmax(logits, axis=-1) == ops.cast(losses.label_classes(labels), "int32")
         sums = [ops.sum(per_example), ops.sum(ops.cast(right, "float32")), ops.shape(labels)[0]]
         return tf.stack([tf.cast(s, tf.float64) for s in (*sums, stop)])
+
+
+def _crowding(features, replicas):
+    """`losses.crowding` of a replica's features among those of all replicas."""
+    if replicas == 1:
+        return losses.crowding(features)
+    context = tf.distribute.get_replica_context()
+    # What is gathered has gradients: each replica gets those of all the others.
+    others = _dense_gradient(context.all_gather(losses.unit_length(features), axis=0))
+    first = context.replica_id_in_sync_group * ops.shape(features)[0]
+    return losses.crowding(features, others, first)
+
+
+@tf.custom_gradient
+def _dense_gradient(values):
+    """The values. Collectives take no gradient of some rows, as what takes rows has."""
+    return tf.identity(values), tf.convert_to_tensor
 
 
 def distribute(strategy, dataset_of):

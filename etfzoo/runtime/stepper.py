@@ -1,5 +1,7 @@
 """What the training steps of all backends are made from."""
 
+import keras
+
 from etfzoo.runtime import losses
 
 
@@ -17,6 +19,9 @@ class BaseStepper:
         decay_all: whether L2 counts for all trainable variables.
         jit_compile: whether XLA compiles the step; None is the backend's choice.
         average: an `etfzoo.runtime.averaging.WeightAverage` that follows the model; None is none.
+        entropy_weight: factor on `losses.crowding` of the features, the layer of that name, among
+            those of the global batch. It is added to the loss that is minimised, and as L2 not to
+            the one that is told.
 
     Attributes:
         jit_compile: whether XLA compiles the step.
@@ -32,8 +37,15 @@ class BaseStepper:
         decay_all=False,
         jit_compile=None,
         average=None,
+        entropy_weight=0.0,
     ):
         self.model = model
+        # What a step calls: it gives the features, too, where they count.
+        self.network = model
+        if entropy_weight:
+            taps = [model.outputs[0], model.get_layer("features").output]
+            self.network = keras.Model(model.inputs, taps)
+        self.entropy_weight = entropy_weight
         self.optimizer = optimizer
         self.strategy = strategy
         self.weight_decay = weight_decay

@@ -110,6 +110,8 @@ def _with_its_head(start, source, config, common) -> ImageClassifier:
             )
             + "; leave out `keep_head` for a fresh one"
         )
+    if config.guided and not start.spec.guided:
+        raise EtfzooError("the head that is kept is an ETF that stays as it is: leave out `guided`")
     kept = {name: common[name] for name in ("input_shape", "crop", "class_names", "dtype")}
     model = ImageClassifier(dataclasses.replace(start.spec, **kept, class_descriptions=None))
     arrays = weights.as_arrays(start.variables)
@@ -242,4 +244,5 @@ def make_stepper(config: TrainConfig, model, optimizer, strategy, loss, average=
         config.decay_all,
         False if config.deterministic else config.jit_compile,
         average,
+        config.entropy_weight,
     )

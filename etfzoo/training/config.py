@@ -20,6 +20,7 @@ from etfzoo.models.table import (
     HEADS,
     INITIALIZERS,
     NORMS,
+    PROJECTOR_KINDS,
     PROJECTOR_LAYERS,
     PROJECTOR_WIDTH,
 )
@@ -83,11 +84,17 @@ class TrainConfig:
     scale: float | None = setting(
         "Model",
         None,
-        "factor on the ETF's logits (default: 1, on l2 features 16)",
+        "factor on the ETF's logits (default: 1, on features of unit length 16)",
         low=1e-6,
         high=10**6,
     )
     learn_scale: bool = setting("Model", False, "train the factor on the ETF's logits too")
+    guided: bool = setting(
+        "Model",
+        False,
+        "turn the simplex ETF to the class means of the features before each epoch, from the "
+        "second on",
+    )
     projector_layers: int = setting(
         "Model",
         0,
@@ -102,6 +109,12 @@ class TrainConfig:
         "units of each of them, on which the head acts (default: as many as features)",
         low=1,
         high=PROJECTOR_WIDTH,
+    )
+    projector_kind: str = setting(
+        "Model",
+        "trained",
+        "trained, or etf for one of frozen simplex ETFs, as wide as the features",
+        choices=PROJECTOR_KINDS,
     )
     initializer: str = setting(
         "Model",
@@ -218,6 +231,13 @@ class TrainConfig:
     )
     label_smoothing: float = setting(
         "Regularisation", 0.0, "share of the target spread over all classes", low=0, high=0.999999
+    )
+    entropy_weight: float = setting(
+        "Regularisation",
+        0.0,
+        "of a loss that keeps the features of a batch apart, e.g. 0.05; 0 is off",
+        low=0,
+        high=100,
     )
     mixup: float = setting(
         "Regularisation", 0.0, "alpha of mixup, e.g. 0.2; 0 is off", low=0, high=1000
@@ -342,7 +362,9 @@ class TrainConfig:
             raise EtfzooError(
                 "keep_head goes on with the head of a pretrained model: there is none"
             )
-        check_projector(self.projector_layers, self.projector_width)
+        check_projector(self.projector_layers, self.projector_width, self.projector_kind)
+        if self.entropy_weight and self.batch_size < 2:
+            raise EtfzooError("entropy_weight asks for neighbours: give `batch_size=2` or more")
         if self.loss != "cross_entropy" and (self.label_smoothing or self.logit_adjustment):
             raise EtfzooError(
                 "label_smoothing and logit_adjustment belong to the cross-entropy: set them to 0 "

@@ -41,6 +41,7 @@ from etfzoo.training.build import (
     start_model,
 )
 from etfzoo.training.config import TrainConfig
+from etfzoo.training.guidance import Guide
 from etfzoo.workdir import Workdir, is_number
 
 with extra("train"):
@@ -122,6 +123,9 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.steps, model, strategy)
         self.average = WeightAverage(model, config.ema, strategy) if config.ema else None
         self.trained = model
+        self.guide = None
+        if model.spec.guided:
+            self.guide = Guide(model, strategy, [self.average.model] if self.average else [])
         self.size = None  # of the images that the current step is made for
         # What is evaluated, measured and loaded later; the steps go on with `model`.
         self.model = self.average.model if self.average else model
@@ -194,6 +198,10 @@ class Trainer:
         progress = Progress(title, self.steps, quiet=not self.chief)
         totals = np.asarray(self.state["totals"])
         start = self.state["step"]
+        # Inside an epoch the frame of its start is in the checkpoint. New weights that no step has
+        # moved, and norms without statistics, tell nothing of the classes.
+        if self.guide and start == 0 and (epoch > 0 or self.config.init):
+            self.guide.turn(self.pipeline, split)
         batches = iter(self._batches(self.images, "training", split, epoch, start))
         while self.state["step"] < self.steps:
             count = min(self.config.steps_per_execution, self.steps - self.state["step"])

@@ -26,12 +26,14 @@ def text(name: str, version: int, metadata: dict) -> str:
     if spec.head is None:
         head = "no head: pooled features"
     elif spec.head == "etf":
-        head = f"fixed ETF head, {spec.num_classes} classes"
+        turned = ", turned to the class means" if spec.guided else ""
+        head = f"fixed ETF head{turned}, {spec.num_classes} classes"
     else:
         head = f"trainable linear head, {spec.num_classes} classes"
     if spec.projector_layers:
         layers = f"{spec.projector_layers} hidden layer{'s' * (spec.projector_layers > 1)}"
-        head = f"projector ({layers} of {spec.projector_width} units), {head}"
+        frozen = "frozen ETF " if spec.projector_kind == "etf" else ""
+        head = f"{frozen}projector ({layers} of {spec.projector_width} units), {head}"
     norm = "switchable whitening" if spec.norm == "sw" else "batch norm"
     command, dataset, title = (made.get(name) for name in ("command", "dataset", "title"))
     trained_on = f"{dataset}: {title}" if dataset and title else dataset

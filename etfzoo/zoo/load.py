@@ -133,7 +133,7 @@ def _check_sizes(spec, shapes, source):
             f"the weights of {source} do not fit the model: {kernel[-1:]} classes instead of "
             f"{spec.num_classes}"
         )
-    if not spec.projector_layers:
+    if not spec.projector_layers or spec.projector_kind == "etf":  # which has no weights
         return
     units = shapes.get("projector1_dense/kernel", ())[-1:]
     if units != (spec.projector_width,):

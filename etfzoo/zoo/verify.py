@@ -72,13 +72,16 @@ def check_weights(arrays, what: str) -> None:
 def check_kernel(fresh: ImageClassifier, arrays, what: str) -> None:
     """Refuses a fixed classifier that is not the one of the spec.
 
+    One that training has turned to the class means (`guided`) must be a simplex ETF, and another
+    one that of its seed.
+
     Args:
         fresh: a model of the spec, whose frame is as its seed draws it.
         arrays: the weights, by path of the variable.
         what: whose they are, for the error.
 
     Raises:
-        EtfzooError: the frame of the weights is not its seed's.
+        EtfzooError: the frame of the weights is not its seed's, or no ETF.
     """
     if fresh.spec.head != "etf" or _KERNEL not in arrays:
         return
@@ -87,6 +90,10 @@ def check_kernel(fresh: ImageClassifier, arrays, what: str) -> None:
     # linear algebra library may draw other last bits.
     if found.shape != drawn.shape or np.abs(found - drawn).max() <= 1e-3:
         return
+    if fresh.spec.guided:
+        if frames.is_simplex_etf(found.T):
+            return
+        raise EtfzooError(f"{what} are not those of its spec: {_KERNEL} is no simplex ETF")
     if fresh.spec.frame == "softmax_code" and _as_good(found.astype(np.float64).T, drawn.T):
         return
     raise EtfzooError(

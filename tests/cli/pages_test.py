@@ -45,6 +45,8 @@ python recipes/publish.py --workdir=runs/rn18_etf --name=rn18_etf.tiny100_64 --s
 python recipes/pretrain.py --dataset=folder:photos --backbone=rn18 --protocol=quickstart --batch_size=32
 python recipes/finetune.py --model=WORKDIR_OR_NAME --dataset=folder:photos --learning_rate=0.003,0.01,0.03
 python recipes/evaluate.py --model=WORKDIR_OR_NAME --dataset=folder:photos
+python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart --guided --workdir=runs/guided
+python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart --head=linear --projector_layers=1 --projector_kind=etf --entropy_weight=0.05 --label_smoothing=0.1 --workdir=runs/frozen_projector
 python recipes/figure2.py --dataset=gaussian
 python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart --strategy=mirrored --num_virtual_devices=2 --workdir=runs/two_devices
 """  # noqa: E501

@@ -71,7 +71,8 @@ def test_networks():
 PLAIN = {
     "train_split": "train", "eval_split": "test", "head": "etf", "norm": "bn", "keep_head": False,
     "feature_norm": "none", "scale": None, "frame": "simplex_etf", "learn_scale": False,
-    "projector_layers": 0, "projector_width": None,
+    "guided": False, "projector_layers": 0, "projector_width": None, "projector_kind": "trained",
+    "entropy_weight": 0.0,
     "initializer": "glorot_uniform", "zero_gamma": False,
     "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "image_size": 224,
     "image_size_schedule": (), "crop": 0.875, "augment": "resized_crop", "min_area": 0.08,

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from scipy.linalg import orthogonal_procrustes
+from threadpoolctl import threadpool_limits
 
 from etfzoo.layers import frames
 
@@ -207,3 +209,62 @@ def test_what_fits_is_there_and_no_other_frame(name, classes, dim):
     frame = built(name)
     other = name != "simplex_etf" and np.array_equal(frame, built("simplex_etf"))
     assert frames.fits(name, classes, dim) == (frame is not None and not other)
+
+
+@pytest.mark.parametrize("classes, dim", [(2, 1), (2, 5), (7, 6), (7, 40), (30, 50)])
+@pytest.mark.parametrize("proximity", [0.0, 1e-3, 5.0])
+def test_the_nearest_etf_is_the_frame_turned_by_procrustes(classes, dim, proximity):
+    rng = np.random.default_rng(0)
+    frame, means = frames.simplex_etf(classes, dim, 3), rng.gamma(1, size=(classes, dim))
+    found = frames.nearest_etf(means, frame, proximity)
+    assert np.abs(found @ found.T - frame @ frame.T).max() < 1e-13
+    centred = means - means.mean(0)
+    centred /= np.sqrt((centred**2).sum())
+    # |M - W'/sqrt(K)|^2 + proximity/2 |W' - W|^2 (K-1)/K, of which the norms are constant.
+    target = 2 * centred / np.sqrt(classes) + proximity * (classes - 1) / classes * frame
+    rotation, _ = orthogonal_procrustes(frame, target)
+    np.testing.assert_allclose(found, frame @ rotation, atol=1e-12)
+
+    def objective(turned):
+        far = np.square(turned - frame).sum() * (classes - 1) / classes
+        return np.square(centred - turned / np.sqrt(classes)).sum() + proximity / 2 * far
+
+    for size in (0.01, 1.0):
+        for _ in range(20):
+            away, _ = np.linalg.qr(np.eye(dim) + size * rng.normal(size=(dim, dim)))
+            assert objective(found @ away) >= objective(found) - 1e-12
+    np.testing.assert_allclose(
+        frames.nearest_etf(3 * means + rng.normal(size=dim), frame, proximity), found, atol=1e-11
+    )
+
+
+def test_where_the_means_say_nothing_the_frame_stays():
+    frame = frames.simplex_etf(6, 9, 1)
+    for means in (np.zeros((6, 9)), np.ones((6, 9)) * np.arange(9)):
+        np.testing.assert_allclose(frames.nearest_etf(means, frame), frame, atol=1e-12)
+    np.testing.assert_allclose(frames.nearest_etf(frame, frame), frame, atol=1e-12)
+    # Two classes are known: the directions of the others are kept as far as they can be.
+    means = np.zeros((6, 9))
+    means[0], means[1] = np.eye(9)[0], -np.eye(9)[0]
+    found = frames.nearest_etf(means, frame)
+    between = (found[0] - found[1]) / np.linalg.norm(found[0] - found[1])
+    assert between[0] > 1 - 1e-5
+    others = np.linalg.norm(found[2:] - frame[2:], axis=1)
+    assert others.max() < 1 and frames.is_simplex_etf(found, 1e-12)
+
+
+def test_the_nearest_etf_has_the_same_bits_on_any_number_of_cores():
+    frame, means = frames.simplex_etf(50, 300, 1), np.random.default_rng(0).normal(size=(50, 300))
+    with threadpool_limits(1):
+        alone = frames.nearest_etf(means, frame)
+    np.testing.assert_array_equal(frames.nearest_etf(means, frame), alone)
+
+
+def test_what_is_no_simplex():
+    frame = frames.simplex_etf(5, 8, 2)
+    turned = frame @ frames.haar_frame(8, 8, 4)
+    assert frames.is_simplex_etf(turned, 1e-12) and frames.is_simplex_etf(turned.astype("float16"))
+    assert frames.is_simplex_etf(frames.simplex_etf(2, 1), 1e-12)
+    for other in (1.01 * frame, frames.orthogonal(5, 8), frame[[0, 1, 2, 3, 3]], -frame * 0,
+                  frame + 0.01 * np.eye(5, 8)):  # fmt: skip
+        assert not frames.is_simplex_etf(other)

@@ -341,3 +341,95 @@ def test_jax_computes_the_same(tmp_path):
     moved = [p for p in before if not np.array_equal(before[p], here[f"after/{p}"])]
     assert {p for p in before if p.startswith("projector")} < set(moved)
     assert "logits/kernel" not in moved
+
+
+@pytest.mark.parametrize("layers, width", [(1, FEATURES), (1, 4 * FEATURES), (3, 2 * FEATURES)])
+def test_the_projector_of_frozen_etfs_by_hand(layers, width):
+    """As matrices of the paper's code, also with its wide hidden layers (512, 2048, 512)."""
+    model = make("linear", layers, None, projector_kind="etf")
+    assert not [v for v in model.variables if v.path.startswith("projector")]
+    assert model.spec.projector_width == FEATURES
+
+    def etf(inputs, outputs):
+        return np.sqrt(FEATURES / (FEATURES - 1)) * (np.eye(outputs, inputs) - 1 / FEATURES)
+
+    taps = feature_model(model, ["features", "projected", "logits"])
+    out = taps(random_pixels(6))
+    u = np.asarray(out["features"], np.float64)
+    assert u.min() >= 0  # of a ReLU: so units beyond the features never fire
+    sizes = [FEATURES] + [width] * layers
+    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        u = np.maximum(u @ etf(inputs, outputs).T, 0)
+    u = u @ etf(width, FEATURES).T
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    assert_close(out["projected"], u, 1e-5)
+    head = model.get_layer("logits")
+    assert_close(out["logits"], u @ np.asarray(head.kernel) + np.asarray(head.bias), 1e-5)
+    np.testing.assert_array_equal(model(random_pixels(6), training=False), out["logits"])
+
+
+def test_gradients_pass_the_frozen_etfs_as_their_matrices():
+    model = make("linear", 1, None, projector_kind="etf", dtype="float64")
+    etf = tf.constant(np.eye(FEATURES) - 1 / FEATURES)
+    h = tf.constant(np.random.default_rng(0).gamma(1, size=(5, FEATURES)))
+    toward = tf.constant(np.random.default_rng(1).normal(size=(5, FEATURES)))
+    layers = [layer for layer in model.layers if layer.name.startswith("projector")]
+    assert [layer.name for layer in layers] == [
+        "projector1_etf", "projector1_relu", "projector_etf", "projector_l2",
+    ]  # fmt: skip
+
+    def gradient(projected):
+        with tf.GradientTape() as tape:
+            tape.watch(h)
+            value = tf.reduce_sum(toward * projected(h))
+        return tape.gradient(value, h).numpy()
+
+    def by_layers(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    by_matrices = gradient(lambda x: tf.linalg.normalize(tf.nn.relu(x @ etf) @ etf, axis=1)[0])
+    np.testing.assert_allclose(gradient(by_layers), by_matrices, rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_etfs_keep_the_width_and_have_unit_length():
+    with pytest.raises(EtfzooError, match="keeps the width of the features, 32: leave out `proj"):
+        ClassifierSpec("rn18", 5, projector_layers=1, projector_width=2048, projector_kind="etf")
+    with pytest.raises(EtfzooError, match="no projector: with `projector_kind=etf` give"):
+        ClassifierSpec("rn18", 5, projector_kind="etf")
+    with pytest.raises(EtfzooError, match="unknown projector_kind 'frozen'"):
+        ClassifierSpec("rn18", 5, projector_layers=1, projector_kind="frozen")
+    # At the factor 1 no class could become certain.
+    etf = {"projector_layers": 1, "projector_kind": "etf"}
+    assert ClassifierSpec("rn18", 5, **etf).scale == 16
+    assert ClassifierSpec("rn18", 5, scale=3.0, **etf).scale == 3
+    assert ClassifierSpec("rn18", 5, feature_norm="bn", **etf).scale == 1
+    assert ClassifierSpec("rn18", 5, "linear", **etf).scale == 1
+    old = dataclasses.asdict(ClassifierSpec("rn18", 5, projector_layers=2))
+    del old["projector_kind"], old["guided"]
+    assert ClassifierSpec.from_dict(old).projector_kind == "trained"
+
+
+@pytest.mark.parametrize("head", ["etf", "linear"])
+def test_a_model_with_frozen_etfs_is_kept_whole(head, tmp_path):
+    model = make(head, 2, None, projector_kind="etf")
+    model.save(tmp_path / "model.keras")
+    version = etfzoo.publish(model, tmp_path / f"rn18_{head}.test")
+    text = "frozen ETF projector (2 hidden layers of 32 units)"
+    assert text in etfzoo.info(version)["card"]
+    wanted = feature_model(model, ("features", "projected"))(random_pixels())
+    for loaded in (keras.saving.load_model(tmp_path / "model.keras"), etfzoo.load(version)):
+        assert loaded.spec == model.spec
+        np.testing.assert_array_equal(loaded(random_pixels()), model(random_pixels()))
+    served = tf.saved_model.load(str(version)).signatures
+    found = served["features"](images=random_pixels())
+    for name, y in wanted.items():
+        assert_close(found[name], y, 1e-4)
+    logits = served["serving_default"](images=random_pixels())["logits"]
+    assert_close(logits, model(random_pixels()), 1e-4)
+    fresh = etfzoo.load(version, num_classes=3)
+    assert fresh.spec.projector_kind == "trained" and fresh.spec.projector_layers == 0
+    larger = model.at_size(48, 48)
+    assert larger.get_layer("projector_l2").output.shape == (None, FEATURES)
+    assert_close(stock(model)(random_pixels()), model(random_pixels()), 1e-5)

@@ -29,7 +29,8 @@ ALONE = {"init", "keep_head", "loss"}
 OTHER = {
     "dataset": "folder:photos", "data_dir": "/data", "train_split": "fit", "eval_split": "select",
     "backbone": "rn34", "head": "linear", "norm": "sw", "feature_norm": "l2", "scale": 3.5,
-    "frame": "orthogonal", "learn_scale": True, "projector_layers": 2, "projector_width": 96,
+    "frame": "orthogonal", "learn_scale": True, "guided": True, "projector_layers": 2,
+    "projector_width": 96, "projector_kind": "etf", "entropy_weight": 0.05,
     "initializer": "he_fan_out", "zero_gamma": True, "mean": (1.0, 2.0, 3.0),
     "std": (4.0, 5.0, 6.0), "image_size": 48, "image_size_schedule": ((16, 2), (24, 1)),
     "crop": 0.7, "augment": "shift", "min_area": 0.31, "antialias": False, "flip": False,
@@ -85,6 +86,10 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("projector_layers", 4, "projector_layers must be between 0 and 3; got 4"),
         ("projector_layers", True, "projector_layers must be a whole number"),
         ("projector_width", 64, "a projector without a hidden layer is linear, .*in disguise"),
+        ("projector_kind", "etf", "no projector: with `projector_kind=etf` give `proj"),
+        ("projector_kind", "frozen", "unknown projector_kind 'frozen'; known: etf, trained"),
+        ("guided", 1, "guided must be true or false; got 1"),
+        ("entropy_weight", -0.1, "entropy_weight must be between 0 and 100; got -0.1"),
         ("step_epochs", [-3], "step_epochs must be between 0 and 1000000; got -3"),
         ("step_epochs", [1.5], "step_epochs must be a whole number"),
         ("scale", True, "scale must be a number"),
@@ -140,6 +145,12 @@ def test_what_only_the_cross_entropy_takes(loss):
     config = TrainConfig("digits", loss=loss, class_balance=0.9, mixup=0.2)
     there = TrainConfig("digits", class_balance=0.9, mixup=0.2)
     assert there.differences(config) == [f"loss cross_entropy there, {loss} here"]
+
+
+def test_neighbours_take_two_images():
+    with pytest.raises(EtfzooError, match="asks for neighbours: give `batch_size=2` or more"):
+        TrainConfig("digits", batch_size=1, entropy_weight=0.05)
+    TrainConfig("digits", batch_size=2, entropy_weight=0.05)
 
 
 def test_a_file_gives_back_every_setting(tmp_path):
@@ -218,7 +229,8 @@ def test_the_arguments_of_a_job_give_its_config(init):
     known |= {"weight_decay": config.weight_decay} if init else {}
     if init:
         model = ("init", "backbone", "norm", "mean", "std", "feature_norm", "frame", "scale",
-                 "learn_scale", "projector_layers", "projector_width")  # fmt: skip
+                 "learn_scale", "guided", "projector_layers", "projector_width",
+                 "projector_kind")  # fmt: skip
         known |= {name: getattr(config, name) for name in model}
     given = [text for text in given if text.partition("=")[0][2:] not in ("model", *known)]
     found = from_flags(job.command, given, **known)

@@ -105,6 +105,7 @@ def frozen(monkeypatch):
 FROZEN = {
     "init": "x", "initializer": "glorot_uniform", "zero_gamma": False, "strategy": "auto",
     "train_split": "train", "eval_split": "test", "projector_layers": 0, "projector_width": None,
+    "projector_kind": "trained",
 }  # fmt: skip
 
 

@@ -95,8 +95,9 @@ def network(calls, side=48):
     x = keras.layers.BatchNormalization(name="features")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(x))
     model.spec = types.SimpleNamespace(
-        input_shape=(side, side, 3), crop=0.7, num_classes=5, head="linear", penultimate="features"
-    )
+        input_shape=(side, side, 3), crop=0.7, num_classes=5, head="linear", guided=False,
+        penultimate="features",
+    )  # fmt: skip
     model.at_size = lambda height, width: calls.note("at_size", height=height) or model
     return model
 

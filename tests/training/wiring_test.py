@@ -51,6 +51,9 @@ ARRIVES = {
     "learn_scale": {"build_classifier": "learn_scale"},
     "projector_layers": {"build_classifier": "projector_layers"},
     "projector_width": {"build_classifier": "projector_width"},
+    "projector_kind": {"build_classifier": "projector_kind"},
+    "guided": {"build_classifier": "guided"},
+    "entropy_weight": {"Stepper": "entropy_weight"},
     "mean": {"build_classifier": "mean"},
     "std": {"build_classifier": "std"},
     "initializer": {"initialize": "initializer"},
@@ -227,8 +230,8 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
     assert (given["num_classes"], given["head"]) == (5, "linear")
     assert given["changes"] == {
         "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "learn_scale": True,
-        "projector_layers": 2, "projector_width": 96, "seed": 3,
-        "input_shape": (48, 48, 3), "crop": 0.7,
+        "guided": True, "projector_layers": 2, "projector_width": 96, "projector_kind": "etf",
+        "seed": 3, "input_shape": (48, 48, 3), "crop": 0.7,
         "class_names": tuple("abcde"), "dtype": "mixed_float16",
     }  # fmt: skip
     assert not {"build_classifier", "initialize"} & set(calls)

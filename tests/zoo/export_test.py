@@ -31,6 +31,7 @@ def run_onnx(path, images):
         ("linear", {"norm": "sw"}),
         (None, {"input_shape": (None, None, 3)}),
         ("etf", {"projector_layers": 2, "projector_width": 24}),
+        ("linear", {"projector_layers": 1, "projector_kind": "etf"}),
         pytest.param("linear", {"dtype": "mixed_bfloat16"}, marks=pytest.mark.slow),
     ],
 )

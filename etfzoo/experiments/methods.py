@@ -19,6 +19,7 @@ METHODS |= {
     "etf_bn": _ETF | {"feature_norm": "bn"},
     "etf_l2": _ETF | {"feature_norm": "l2"},
     "etf_l2_learned_scale": _ETF | {"feature_norm": "l2", "learn_scale": True},
+    "etf_guided": _ETF | {"guided": True},
     "etf_dot_regression": _ETF | {"feature_norm": "l2", "loss": "dot_regression"},
     "linear_squared_error": _LINEAR | {"loss": "squared_error"},
     "etf_squared_error": _ETF | {"loss": "squared_error"},
@@ -32,6 +33,10 @@ METHODS |= {
     for name, head in (("linear", _LINEAR), ("etf", _ETF))
     for layers in range(1, PROJECTOR_LAYERS + 1)
 }
+# As Harun et al. 2025 have it: frozen ETFs behind the features, which are kept apart.
+METHODS["linear_etf_projector"] = _LINEAR | {
+    "projector_layers": 1, "projector_kind": "etf", "entropy_weight": 0.05,
+}  # fmt: skip
 
 # On classes of very different size.
 LONG_TAIL = ("linear", "linear_adjusted", "etf", "etf_dot_regression", "etf_adjusted")

@@ -222,7 +222,7 @@ def test_a_tail_that_is_there_is_counted(embedded_dir):
 
 def test_methods_are_settings_of_a_run():
     assert set(methods.LONG_TAIL) | set(methods.VARIANTS) <= set(methods.METHODS)
-    assert methods.VARIANTS[:2] == ("linear", "etf") and len(methods.VARIANTS) == 19
+    assert methods.VARIANTS[:2] == ("linear", "etf") and len(methods.VARIANTS) == 21
     assert {methods.METHODS[m].get("frame") for m in methods.VARIANTS} >= set(FRAMES) - {
         "simplex_etf"
     }

@@ -36,17 +36,17 @@ def main():
     output = FLAGS.output or f"{configs.report_place('neural_collapse', FLAGS.model, *data)}.json"
     files.destination(output)  # said before minutes of measuring
     strategy = configs.open_strategy(FLAGS)
-    check_batch_size(FLAGS.batch_size, strategy)
-    with strategy.scope():
-        model = etfzoo.load(FLAGS.model)
-    extractor = features.Extractor(model, strategy, FLAGS.tap)
-
-    def load(name, split):
-        source = chief_first(strategy, lambda: configs.open_source(name))
-        pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
-        return extractor.load(pipeline, split, FLAGS.feature_cache or None), source
-
     with exit_if_worker_lost(strategy):
+        check_batch_size(FLAGS.batch_size, strategy)
+        with strategy.scope():
+            model = etfzoo.load(FLAGS.model)
+        extractor = features.Extractor(model, strategy, FLAGS.tap)
+
+        def load(name, split):
+            source = chief_first(strategy, lambda: configs.open_source(name))
+            pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
+            return extractor.load(pipeline, split, FLAGS.feature_cache or None), source
+
         ood = load(FLAGS.ood_dataset, "test")[0] if FLAGS.ood_dataset else None
         sets, results = {}, {}
         for split in FLAGS.split:

@@ -68,8 +68,8 @@ def exit_if_worker_lost(strategy):
     Its collectives cannot go on, and an orderly exit would wait for the worker that is gone. What
     else is raised in the block goes on its way, and if it ends this worker alone, then at once.
 
-    Under JAX the watch of its own may be faster: it aborts the process when the first worker is
-    gone, or when another one is, and there is no collective for it to fail in.
+    JAX has a watch of its own, which aborts the process. It may be faster where the first worker is
+    gone, and is where another one is and no collective fails by it, see `strategy_jax`.
     """
     try:
         yield

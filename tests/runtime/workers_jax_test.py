@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import time
 from unittest import mock
 
@@ -176,7 +175,7 @@ def test_a_stopped_worker_stops_all_and_nothing_is_lost(
         time.sleep(0.01)
     processes[victim].send_signal(number)
     codes = (75,) if number == signal.SIGTERM else (-number, *LOST)
-    outputs = finish_workers(processes, codes, timeout=30)
+    outputs = finish_workers(processes, codes, timeout=30 if number == signal.SIGKILL else 120)
     for index, (process, (_, err)) in enumerate(zip(processes, outputs, strict=True)):
         if process.returncode == 76:
             assert "another worker is gone" in err
@@ -223,40 +222,53 @@ def test_an_error_of_one_worker_ends_the_others(embedded_dir, tmp_path):
 
 
 _JOIN = """
-import sys
+import os, sys
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import strategy, strategy_jax
-strategy_jax._JOINING = 2
-try:
-    print(strategy.get_strategy("multiworker").num_replicas_in_sync)
-except EtfzooError as error:
-    print("error:", error)
+
+def join():
+    try:
+        print(strategy.get_strategy("multiworker").num_replicas_in_sync)
+    except EtfzooError as error:
+        print("error:", error)
 """
+# None of these comes so far that JAX begins.
+_CANNOT = (
+    _JOIN
+    + """
+import socket
 
+def told(workers, index=0):
+    task = f'"task": {{"type": "worker", "index": {index}}}'
+    os.environ["TF_CONFIG"] = f'{{"cluster": {{"worker": ["{workers}"]}}, {task}}}'
+    join()
 
-def cluster(workers, index=0):
-    task = {"type": "worker", "index": index}
-    return json.dumps({"cluster": {"worker": workers}, "task": task})
+os.environ.pop("TF_CONFIG", None)
+join()
+os.environ["TF_CONFIG"] = "{"
+join()
+with socket.create_server(("127.0.0.1", 0)) as server:
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    told(address)
+strategy_jax._JOINING = 2
+told(f'{address}", "127.0.0.1:1', index=1)
+"""
+)
 
 
 def test_workers_that_cannot_join_say_so_in_one_line():
-    def told(config):
-        return fresh_python(_JOIN, TF_CONFIG=config).strip().splitlines()
-
-    assert "does not know the workers: set TF_CONFIG" in told("")[0]
-    assert "TF_CONFIG cannot be read" in told("{")[0]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        (line,) = told(cluster([f"127.0.0.1:{port}", "127.0.0.1:1"]))
-        assert f"port {port} of this worker is in use" in line
-    (line,) = told(cluster([f"127.0.0.1:{port}", "127.0.0.1:1"], index=1))
-    assert f"worker 1 has waited 2 s for 127.0.0.1:{port} in vain: start the first worker" in line
+    unknown, unreadable, taken, alone = fresh_python(_CANNOT).strip().splitlines()
+    assert "error: `strategy=multiworker` does not know the workers: set TF_CONFIG" in unknown
+    assert "error: TF_CONFIG cannot be read" in unreadable
+    assert "of this worker is in use: end the process that has it" in taken
+    assert "error: worker 1 has waited 2 s for 127.0.0.1:" in alone
+    assert "in vain: start the first worker there" in alone
 
 
+@pytest.mark.slow
 def test_workers_with_unequal_devices():
-    code = "import os, sys; os.environ['JAX_NUM_CPU_DEVICES'] = sys.argv[1]" + _JOIN
-    processes = start_workers(lambda index: ["-c", code.replace("= 2", "= 60"), index + 1], 2)
-    for out, _ in finish_workers(processes, timeout=120):
+    code = "import os, sys; os.environ['JAX_NUM_CPU_DEVICES'] = sys.argv[1]" + _JOIN + "join()"
+    for out, _ in finish_workers(start_workers(lambda index: ["-c", code, index + 1], 2)):
         assert (
             "error: all workers must have equally many devices; in their order they have 1, 2"
             in out

@@ -1,7 +1,8 @@
 """The one address of what reaches past the public names of TensorFlow, Keras, JAX and Python.
 
-Each function says what it touches and why there is no public way. `tests/internals_test.py` tests
-them by their effect, so far with TensorFlow 2.21.0 and Keras 3.15.1: try new versions with it.
+Each function says what it touches and why there is no public way. `tests/internals_test.py` (of
+JAX `tests/runtime/workers_jax_test.py`) tests them by their effect, so far with TensorFlow 2.21.0,
+Keras 3.15.1 and JAX 0.10.2: try new versions with it.
 
 Every room may use this module: it imports TensorFlow and Keras only where a function needs them.
 """

@@ -1,4 +1,4 @@
-"""What reaches into TensorFlow, Keras, JAX and Python, by what the public sees of it.
+"""What reaches into TensorFlow, Keras and Python, by what the public sees of it.
 
 A test that fails with a new version names what has moved. Some also try to do without: where that
 works too, the function of `etfzoo.internals` can go.
@@ -7,10 +7,8 @@ works too, the function of `etfzoo.internals` can go.
 import contextlib
 import ctypes
 import gc
-import importlib.util
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -355,49 +353,6 @@ def test_take_back_sigterm():
         assert heard == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-ENDING = """
-import sys, time, jax
-from etfzoo import internals
-index, port, seconds = map(int, sys.argv[1:])
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, cluster_detection_method="deactivate")
-assert len(jax.devices()) == 2 * len(jax.local_devices())
-if seconds < 60 and index == 0:
-    time.sleep(60)  # as in a collective
-if seconds:
-    internals.end_without_jax_workers(seconds)
-print("ends", flush=True)
-sys.exit(2 + index)
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
-@pytest.mark.parametrize("seconds", [0, 1, 60])
-def test_a_worker_ends_alone_where_others_go_on(seconds):
-    """Without `end_without_jax_workers` it waits for them: where it does not, that can go."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = [sys.executable, "-c", ENDING]
-    first, other = (
-        subprocess.Popen(
-            [*command, *map(str, (index, port, seconds))], cwd=CHECKOUT, stdout=subprocess.PIPE
-        )
-        for index in range(2)
-    )
-    try:
-        assert other.stdout.readline() == b"ends\n"
-        if seconds == 0:
-            with pytest.raises(subprocess.TimeoutExpired):
-                other.wait(5)
-        else:
-            assert other.wait(20) == 3
-        if seconds == 60:  # both came
-            assert first.wait(20) == 2
-    finally:
-        for process in (first, other):
-            process.kill()
-            process.communicate()
 
 
 PARENT = """

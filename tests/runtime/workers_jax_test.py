@@ -4,6 +4,9 @@ import importlib.util
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from unittest import mock
 
@@ -12,6 +15,7 @@ import pytest
 from step_jax_test import _SMALL, _TRAIN
 
 from testing import (
+    CHECKOUT,
     finish_workers,
     fresh_python,
     held_by_another_process,
@@ -273,3 +277,45 @@ def test_workers_with_unequal_devices():
             "error: all workers must have equally many devices; in their order they have 1, 2"
             in out
         )
+
+
+_ENDING = """
+import sys, time, jax
+from etfzoo import internals
+index, port, seconds = map(int, sys.argv[1:])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, cluster_detection_method="deactivate")
+assert len(jax.devices()) == 2 * len(jax.local_devices())
+if seconds < 60 and index == 0:
+    time.sleep(60)  # as in a collective
+if seconds:
+    internals.end_without_jax_workers(seconds)
+print("ends", flush=True)
+sys.exit(2 + index)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 60])
+def test_a_worker_ends_alone_where_others_go_on(seconds):
+    """Without `end_without_jax_workers` it waits for them: where it does not, that can go."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-c", _ENDING]
+    first, other = (
+        subprocess.Popen(
+            [*command, *map(str, (index, port, seconds))], cwd=CHECKOUT, stdout=subprocess.PIPE
+        )
+        for index in range(2)
+    )
+    try:
+        assert other.stdout.readline() == b"ends\n"
+        if seconds == 0:
+            with pytest.raises(subprocess.TimeoutExpired):
+                other.wait(5)
+        else:
+            assert other.wait(20) == 3
+        if seconds == 60:  # both came
+            assert first.wait(20) == 2
+    finally:
+        for process in (first, other):
+            process.kill()
+            process.communicate()

@@ -1,14 +1,17 @@
-"""The one address of what reaches past the public names of TensorFlow, Keras and Python.
+"""The one address of what reaches past the public names of TensorFlow, Keras, JAX and Python.
 
-Each function says what it touches and why there is no public way. `tests/internals_test.py` tests
-them by their effect, so far with TensorFlow 2.21.0 and Keras 3.15.1: try new versions with it.
+Each function says what it touches and why there is no public way. `tests/internals_test.py` (of
+JAX `tests/runtime/workers_jax_test.py`) tests them by their effect, so far with TensorFlow 2.21.0,
+Keras 3.15.1 and JAX 0.10.2: try new versions with it.
 
 Every room may use this module: it imports TensorFlow and Keras only where a function needs them.
 """
 
+import atexit
 import contextlib
 import ctypes
 import importlib
+import itertools
 import math
 import os
 import signal
@@ -19,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MAX_INDEX = 2**22  # bytes of a SavedModel's index of variables; that of a ResNet101 has 2**16
+_ENDS = itertools.count()  # of this process, see end_without_jax_workers
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 # TensorFlow: SavedModels.
@@ -235,6 +239,31 @@ def forgetting_gradients():
         for name in set(known) - before:
             if name.startswith("CustomGradient-"):
                 del known[name]
+
+
+# JAX: clusters.
+
+
+def end_without_jax_workers(seconds: float) -> None:
+    """Lets this process end by itself, unless all workers of its JAX cluster come here in time.
+
+    At its end JAX waits for all processes. One that fails alone would wait there for the others,
+    and they in a collective for it, until minutes later a watch aborts them all. There is no switch
+    against it: so what JAX does at exit is unregistered, and the objects whose destructors would
+    wait as well are kept for ever. The client, by which all can meet, has no public name either.
+
+    Args:
+        seconds: to wait for the others. If all come, each ends in JAX's order.
+    """
+    from jax._src import api, distributed
+
+    state = distributed.global_state
+    try:
+        state.client.wait_at_barrier(f"etfzoo_end_{next(_ENDS)}", round(1000 * seconds))
+    except Exception:  # too late, or the first worker, who counts who has come, is gone
+        atexit.unregister(api.clean_up)
+        for kept in (state.client, state.service):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 # Keras.

@@ -5,10 +5,12 @@ import dataclasses
 import html.parser
 import importlib
 import io
+import json
 import logging
 import multiprocessing
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -206,6 +208,48 @@ def start_recipe(recipe, *flags, cwd=None, **environment):
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | environment,
     )
+
+
+def start_workers(command, count, **environment):
+    """Starts the processes of a cluster on this machine; one alone belongs to none.
+
+    Args:
+        command: arguments of the interpreter, or a function from the worker's index to them.
+        count: of the processes.
+    """
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    processes = []
+    for index in range(count):
+        task = {"type": "worker", "index": index}
+        env = os.environ | {"PYTHONPATH": _PATH} | environment
+        if count > 1:
+            env["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+        command_of = command(index) if callable(command) else command
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, command_of)],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish_workers(processes, codes=(0,), timeout=500):
+    """What the processes print, once they have ended with one of the exit codes."""
+    try:
+        outputs = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for p, (out, err) in zip(processes, outputs, strict=True):
+        assert p.returncode in codes, f"exit code {p.returncode}:\n{out}\n{err[-3000:]}"
+    return outputs
 
 
 def last_checkpoint(workdir, path=None):

@@ -34,9 +34,9 @@ def main():
     if not FLAGS.model:
         raise etfzoo.EtfzooError("say which model with --model=WORKDIR, a published folder or name")
     strategy = configs.open_strategy(FLAGS)
-    with strategy.scope():
-        model = etfzoo.load(FLAGS.model)
     with exit_if_worker_lost(strategy):
+        with strategy.scope():
+            model = etfzoo.load(FLAGS.model)
         source = chief_first(strategy, lambda: configs.open_source(FLAGS.dataset))
         seen = _seen_in_training(source)
         predictions = accuracy.evaluate(

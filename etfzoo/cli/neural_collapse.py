@@ -38,19 +38,19 @@ def main():
     output = FLAGS.output or f"{configs.report_place('neural_collapse', FLAGS.model, *data)}.json"
     files.destination(output)  # said before minutes of measuring
     strategy = configs.open_strategy(FLAGS)
-    check_batch_size(FLAGS.batch_size, strategy)
-    with strategy.scope():
-        model = etfzoo.load(FLAGS.model)
-    extractor = features.Extractor(model, strategy, FLAGS.tap)
-
-    def load(source, split):
-        pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
-        return extractor.load(pipeline, split, FLAGS.feature_cache or None)
-
-    def opened(name):
-        return chief_first(strategy, lambda: configs.open_source(name))
-
     with exit_if_worker_lost(strategy):
+        check_batch_size(FLAGS.batch_size, strategy)
+        with strategy.scope():
+            model = etfzoo.load(FLAGS.model)
+        extractor = features.Extractor(model, strategy, FLAGS.tap)
+
+        def load(source, split):
+            pipeline = evaluation_pipeline(model.spec, source, FLAGS.batch_size)
+            return extractor.load(pipeline, split, FLAGS.feature_cache or None)
+
+        def opened(name):
+            return chief_first(strategy, lambda: configs.open_source(name))
+
         ood = load(opened(FLAGS.ood_dataset), "test") if FLAGS.ood_dataset else None
         sets, results, source, imbalance = {}, {}, opened(FLAGS.dataset), 1.0
         seen = evaluation.seen_in_training(FLAGS.model, FLAGS.dataset, source)

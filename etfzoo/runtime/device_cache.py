@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from etfzoo.data import augment, decoding
-from etfzoo.data.pipeline import PARALLEL, InputShare, Pipeline
+from etfzoo.data.pipeline import PARALLEL, Pipeline
 from etfzoo.errors import EtfzooError
 from etfzoo.progress import Progress
 
@@ -74,7 +74,7 @@ class DeviceCache:
             shape = tf.gather(shapes, index)
             return index, *augment.draws(shape, drawn, height, width, augmentation, crop), labels
 
-        share = InputShare()
+        share = self.strategy.share
         records = self.pipeline.training_records(split, epoch, start_step, share, images=False)
         return self._batches(images, records.map(numbers, PARALLEL), windows, share)
 
@@ -93,7 +93,7 @@ class DeviceCache:
             no = tf.zeros_like(index, bool)
             return index, *shown, ~no, tf.zeros_like(shown[0][:, :2]) + pad, no, labels
 
-        share = InputShare()
+        share = self.strategy.share
         records = self.pipeline.evaluation_records(split, share, images=False)
         records = records.map(lambda record: (record["index"], record["label"]))
         return self._batches(images, records, windows, share)
@@ -103,13 +103,13 @@ class DeviceCache:
         draws = self.pipeline.batched(records, share, drop_remainder=False)
         draws = draws.map(windows, PARALLEL).prefetch(2)
         for *drawn, labels in draws.as_numpy_iterator():
-            drawn = [jax.device_put(d, self.strategy.split) for d in drawn]
+            drawn = [self.strategy.place(d, self.strategy.split) for d in drawn]
             yield self._pixels(images, *drawn), labels
 
     def _hold(self, split, fast=False):
         if (split, fast) not in self._held:
             images, shapes = self._decoded(split, fast)
-            images = jax.device_put(images, self.strategy.replicated)
+            images = self.strategy.place(images, self.strategy.replicated)
             self._held[split, fast] = images, shapes
         return self._held[split, fast]
 
@@ -142,7 +142,7 @@ class DeviceCache:
         return images, tf.constant(shapes)
 
     def _check_memory(self, split, size):
-        known = self.strategy.devices[0].memory_stats() or {}
+        known = self.strategy.local_devices[0].memory_stats() or {}
         limit = known.get("bytes_limit")
         held = sum(images.nbytes for images, _ in self._held.values())
         if limit and held + size > _SHARE * limit:

@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 
+import keras
 import tensorflow as tf
 
 from etfzoo.runtime.strategy import num_workers
@@ -22,6 +24,10 @@ _WORKER_LOST = (
     tf.errors.CancelledError,
     tf.errors.DeadlineExceededError,
     tf.errors.InternalError,
+)
+# What JAX's errors begin with then: it raises several kinds, some of them ValueErrors.
+_WORKER_LOST_JAX = re.compile(
+    "(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNKNOWN): "
 )
 
 
@@ -59,12 +65,20 @@ class StopRequest:
 def exit_if_worker_lost(strategy):
     """Ends the process with EXIT_WORKER_LOST when a collective fails in this block.
 
-    Its collectives cannot go on, and an orderly exit would wait for the worker that is gone.
+    Its collectives cannot go on, and an orderly exit would wait for the worker that is gone. What
+    else is raised in the block goes on its way, and if it ends this worker alone, then at once.
+
+    JAX has a watch of its own, which aborts the process. It may be faster where the first worker is
+    gone, and is where another one is and no collective fails by it, see `strategy_jax`.
     """
     try:
         yield
-    except _WORKER_LOST as error:
+    except BaseException as error:
         if num_workers(strategy) == 1:
+            raise
+        if not _is_worker_lost(error):
+            if _on_jax():
+                strategy.leave()
             raise
         log.error(
             "another worker is gone (%s: %s): see what it said, then start all again to go on from "
@@ -75,6 +89,16 @@ def exit_if_worker_lost(strategy):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_WORKER_LOST)
+
+
+def _is_worker_lost(error) -> bool:
+    if not _on_jax():
+        return isinstance(error, _WORKER_LOST)
+    return isinstance(error, RuntimeError | ValueError) and bool(_WORKER_LOST_JAX.match(str(error)))
+
+
+def _on_jax() -> bool:
+    return keras.backend.backend() == "jax"
 
 
 def _reason(error) -> str:

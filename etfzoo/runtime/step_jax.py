@@ -8,7 +8,6 @@ import numpy as np
 from jax import numpy as jnp
 from keras import ops
 
-from etfzoo.data.pipeline import InputShare
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import losses
 from etfzoo.runtime.stepper import BaseStepper
@@ -54,9 +53,12 @@ class Stepper(BaseStepper):
 
         Returns:
             JAX array `[4]`, float64 where JAX has it switched on, else float32: sum of losses,
-            number right, number of examples, and the votes of all steps.
+            number right, number of examples, and the votes of all devices of all steps.
         """
         state = _values(self._variables, self.strategy)
+        if self.strategy.num_workers > 1:  # each has its own vote
+            stop = np.full(len(self.strategy.local_devices), stop)
+            stop = self.strategy.place(stop, self.strategy.split)
         total = 0.0
         try:
             for _ in range(steps):
@@ -122,7 +124,7 @@ class Stepper(BaseStepper):
                 for a, w in zip(averages, [*trainable, *others], strict=True)
             ]
         right = ops.argmax(logits, axis=-1) == losses.label_classes(labels)
-        sums = [ops.sum(per_example), ops.sum(right), len(labels), stop]
+        sums = [ops.sum(per_example), ops.sum(right), len(labels), ops.sum(stop)]
         state = list(trainable), list(others), list(slots), averages
         return state, jnp.stack([jnp.asarray(s, float) for s in sums])
 
@@ -132,14 +134,15 @@ def distribute(strategy, dataset_of):
 
     Args:
         strategy: an `etfzoo.runtime.strategy_jax.DataParallel`.
-        dataset_of: `share -> tf.data.Dataset` of the batches of a share; called once, for all of
-            them, so that each batch is whole (see `Pipeline.evaluation`) and one shape is compiled.
+        dataset_of: `share -> tf.data.Dataset` of the batches of a share; called once, for that of
+            this process, of which each batch is whole (see `Pipeline.evaluation`), so that one
+            shape is compiled.
 
     Yields:
         tuples of JAX arrays.
     """
     ahead = None
-    for batch in dataset_of(InputShare()).as_numpy_iterator():
+    for batch in dataset_of(strategy.share).as_numpy_iterator():
         batch = _placed(batch, strategy)  # returns before the copy is done
         if ahead is not None:
             yield ahead
@@ -153,14 +156,15 @@ def repeated(strategy, *batch):
 
     Args:
         strategy: an `etfzoo.runtime.strategy_jax.DataParallel`.
-        *batch: arrays of a global batch.
+        *batch: arrays of a global batch, of which a process takes as much as its share.
     """
-    return itertools.repeat(_placed(batch, strategy))
+    size = len(batch[0]) // strategy.num_workers
+    return itertools.repeat(_placed([values[:size] for values in batch], strategy))
 
 
 def device_memory(strategy) -> int:
     """Peak bytes that JAX took of a strategy's first device; 0 where it does not tell, as a CPU."""
-    return (strategy.devices[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return (strategy.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def device_cache(pipeline, strategy):
@@ -251,18 +255,13 @@ def _compiled(function, strategy, **options):
 
 def _values(variables, strategy):
     """Values of lists of Keras variables, on all devices."""
-    return tuple([_put(v.value, strategy.replicated) for v in some] for some in variables)
+    strategy.settle(sum(variables, []))
+    return tuple([strategy.place(v.value, strategy.replicated) for v in some] for some in variables)
 
 
 def _placed(batch, strategy):
-    """A batch of arrays or TensorFlow tensors, split over all devices."""
-    return tuple(_put(values, strategy.split) for values in batch)
-
-
-def _put(value, sharding):
-    if isinstance(value, jax.Array):  # asked, because moving nothing takes time too
-        return value if value.sharding == sharding else jax.device_put(value, sharding)
-    return jax.device_put(np.asarray(value), sharding)
+    """A batch of arrays or TensorFlow tensors, a process's share, split over all devices."""
+    return tuple(strategy.place(values, strategy.split) for values in batch)
 
 
 def _check_float64(model):

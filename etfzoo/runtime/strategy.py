@@ -1,13 +1,8 @@
 """Where a run computes: tf.distribute strategies by name, and what workers must agree on."""
 
-import errno
 import functools
-import glob
 import json
-import logging
 import os
-import socket
-import time
 import zlib
 
 import keras
@@ -15,17 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from etfzoo import internals
-from etfzoo.errors import EtfzooError, unknown
+from etfzoo.errors import EtfzooError, first_line, unknown
+from etfzoo.runtime import cluster
 from etfzoo.runtime.strategies import STRATEGIES
-
-log = logging.getLogger("etfzoo")
-
-_SLURM_PORT = 8888  # of the first task of a machine
-_MULTIWORKER_HELP = (
-    "set TF_CONFIG on each worker, as in "
-    '\'{"cluster": {"worker": ["host0:12345", "host1:12345"]}, '
-    '"task": {"type": "worker", "index": 0}}\', or start the workers with srun'
-)
 
 
 @functools.cache
@@ -40,7 +27,8 @@ def get_strategy(
 
     Args:
         name: `"one_device"` (the first GPU, else the CPU), `"mirrored"` (all GPUs of this
-            machine), `"multiworker"` (the machines of TF_CONFIG, or of a Slurm job step),
+            machine), `"multiworker"` (the machines of TF_CONFIG, or of a Slurm job step; under JAX
+            also the hosts of a TPU slice),
             `"tpu"`, or `"auto"` (a TPU where TensorFlow sees one, else several GPUs, else one
             device; see `best_here`).
         tpu: name or grpc address of the TPU; None or `"local"` is the one in this machine.
@@ -75,13 +63,15 @@ def best_here(tpu: str | None = None) -> str:
         from etfzoo.runtime import strategy_jax
 
         return strategy_jax.best_here()
-    if tpu or _local_tpu():
+    if tpu or cluster.local_tpu():
         return "tpu"
     return "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "one_device"
 
 
 def num_workers(strategy) -> int:
     """Number of processes that train together."""
+    if _on_jax():
+        return strategy.num_workers
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return 1
     cluster = strategy.cluster_resolver.cluster_spec()
@@ -90,6 +80,8 @@ def num_workers(strategy) -> int:
 
 def is_chief(strategy) -> bool:
     """Whether this process is the one that writes files and shows progress."""
+    if _on_jax():
+        return strategy.worker == 0
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return True
     resolver = strategy.cluster_resolver
@@ -121,14 +113,10 @@ def check_agreement(strategy, values: dict) -> None:
     if num_workers(strategy) == 1:
         return
     hashes = [zlib.crc32(json.dumps(v, sort_keys=True).encode()) for v in values.values()]
-    largest, smallest = (
-        strategy.run(_largest_over_replicas, (tf.constant(sign * np.array(hashes), tf.int64),))
-        for sign in (1, -1)
-    )
-    largest, smallest = (strategy.experimental_local_results(v)[0] for v in (largest, smallest))
+    largest, smallest = strategy.extremes(hashes) if _on_jax() else _extremes(strategy, hashes)
     differ = [
         f"{name} (here {values[name]!r})"
-        for name, high, low in zip(values, largest.numpy(), -smallest.numpy(), strict=True)
+        for name, high, low in zip(values, largest, smallest, strict=True)
         if high != low
     ]
     if differ:
@@ -147,6 +135,16 @@ def chief_first(strategy, work):
     result = work() if is_chief(strategy) else None
     wait_for_all(strategy)
     return result if is_chief(strategy) else work()
+
+
+def _extremes(strategy, numbers):
+    """The largest and the smallest of each of some numbers, over all replicas."""
+    largest, smallest = (
+        strategy.run(_largest_over_replicas, (tf.constant(sign * np.array(numbers), tf.int64),))
+        for sign in (1, -1)
+    )
+    largest, smallest = (strategy.experimental_local_results(v)[0] for v in (largest, smallest))
+    return largest.numpy(), -smallest.numpy()
 
 
 @tf.function
@@ -185,129 +183,29 @@ def _mirrored_strategy(num_virtual_devices):
 
 
 def _multiworker_strategy():
-    if not os.environ.get("TF_CONFIG") and "SLURM_STEP_NUM_TASKS" in os.environ:
-        os.environ["TF_CONFIG"] = _slurm_tf_config()
-    if not os.environ.get("TF_CONFIG"):
-        raise EtfzooError(f"`strategy=multiworker` does not know the workers: {_MULTIWORKER_HELP}")
-    _check_port(_checked_tf_config(os.environ["TF_CONFIG"]))
+    workers = cluster.read()
+    if workers is None:
+        raise cluster.unknown_workers()
+    workers.check_port()
+    workers.wait_for_first()
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-    _wait_for_chief(resolver)
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
     except RuntimeError as error:
         raise EtfzooError(
             "the workers must be joined before TensorFlow computes anything; start a new process "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     except (ValueError, tf.errors.OpError) as error:
-        raise EtfzooError(f"the workers cannot be joined: {_first_line(error)}") from error
+        raise EtfzooError(f"the workers cannot be joined: {first_line(error)}") from error
     # Joining has taken SIGTERM out of Python's hands: nobody would hear it until training begins.
     internals.take_back_sigterm()
     return strategy
 
 
-def _wait_for_chief(resolver, every=20):
-    """Returns when the chief listens, or here is the chief.
-
-    TensorFlow would wait as well, but holding Python's lock: nothing could be said, and Ctrl-C
-    would not be heard. That is how the chief then waits for the others.
-    """
-    cluster = resolver.cluster_spec()
-    job = "chief" if "chief" in cluster.jobs else "worker"
-    here = (resolver.task_type, resolver.task_id)
-    if here == (job, 0):
-        log.info("%s %d waits until all have started: %s", *here, cluster.as_dict())
-        return
-    host, _, port = cluster.task_address(job, 0).rpartition(":")
-    start = told = time.monotonic()
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-        if (now := time.monotonic()) - told > every:
-            told = now
-            log.warning("%s %d has waited %.0f s for %s:%s", *here, now - start, host, port)
-
-
-def _slurm_tf_config() -> str:
-    """The TF_CONFIG of a task of a Slurm job step."""
-    try:
-        tasks = internals.slurm_tasks(
-            os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
-        )
-        workers = [f"{host}:{_SLURM_PORT + i}" for host, count in tasks for i in range(count)]
-        index = int(os.environ["SLURM_PROCID"])
-    except (KeyError, ValueError) as error:
-        raise EtfzooError(
-            f"the Slurm step cannot be read ({type(error).__name__}: {_first_line(error)}): start "
-            "the workers with srun, or set TF_CONFIG"
-        ) from error
-    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
-
-
-def _checked_tf_config(text) -> str:
-    """Address of this worker."""
-    try:
-        config = json.loads(text)
-        cluster, task = config["cluster"], config["task"]
-        kind, index = task["type"], int(task["index"])
-        jobs = {job: list(addresses) for job, addresses in cluster.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EtfzooError(
-            f"TF_CONFIG cannot be read ({type(error).__name__}: {error}); {_MULTIWORKER_HELP}"
-        ) from error
-    strange = sorted(jobs.keys() - {"worker", "chief"})
-    if strange or not jobs:
-        raise EtfzooError(
-            f"TF_CONFIG must name workers (and a chief, if you like), not {strange or 'nothing'}; "
-            f"{_MULTIWORKER_HELP}"
-        )
-    if kind not in jobs or not 0 <= index < len(jobs[kind]):
-        raise EtfzooError(
-            f"TF_CONFIG says that this is {kind} {index}, and its cluster has no such task; "
-            f"{_MULTIWORKER_HELP}"
-        )
-    addresses = [address for job in jobs.values() for address in job]
-    for address in addresses:
-        if not isinstance(address, str) or not address.rpartition(":")[2].isdigit():
-            raise EtfzooError(f"TF_CONFIG has {address!r} where host:port belongs")
-    if len(set(addresses)) != len(addresses):
-        raise EtfzooError("TF_CONFIG has the same address twice; give each worker its own port")
-    return jobs[kind][index]
-
-
-def _check_port(address) -> None:
-    """Raises EtfzooError when the port of this worker is taken."""
-    port = int(address.rpartition(":")[2])
-    for family, everywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((everywhere, port))
-        except PermissionError as error:
-            raise EtfzooError(f"port {port} of this worker may not be used: {error}") from error
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:  # no IPv6 here
-                continue
-            raise EtfzooError(
-                f"port {port} of this worker is in use: end the process that has it, or name "
-                "another port in every worker's TF_CONFIG"
-            ) from error
-
-
-def _local_tpu() -> bool:
-    # Asking the resolver where there is no TPU waits for a cloud metadata server; the driver's
-    # device files tell at once.
-    return bool(glob.glob("/dev/accel[0-9]*")) or (
-        bool(glob.glob("/dev/vfio/[0-9]*")) and "TPU_ACCELERATOR_TYPE" in os.environ
-    )
-
-
 def _tpu_strategy(tpu):
     address = tpu or os.environ.get("TPU_NAME")
-    if address in (None, "local") and not _local_tpu():
+    if address in (None, "local") and not cluster.local_tpu():
         raise EtfzooError(
             "no TPU found on this machine: run on a TPU VM with tensorflow-tpu installed "
             "(pip install 'etfzoo[tpu]'), name one with `tpu=NAME`, or use `strategy=one_device`"
@@ -319,10 +217,6 @@ def _tpu_strategy(tpu):
         return tf.distribute.TPUStrategy(resolver)
     except (ValueError, OSError, RuntimeError, tf.errors.OpError) as error:
         raise EtfzooError(
-            f"TPU {address or 'local'} cannot be reached: {_first_line(error)}; check `tpu`, or "
+            f"TPU {address or 'local'} cannot be reached: {first_line(error)}; check `tpu`, or "
             "use `strategy=one_device`"
         ) from error
-
-
-def _first_line(error) -> str:
-    return str(error).strip().splitlines()[0]

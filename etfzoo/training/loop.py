@@ -84,13 +84,13 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
         )
     # First of all what can fail without cost: the device, the workdir, the data, the model.
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
-    check_batch_size(config.batch_size, strategy)
-    mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
-    workdir = Workdir(workdir)
-    with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
-        identity.check(config, workdir)
-        finished = workdir.usable_result()
-        with exit_if_worker_lost(strategy):
+    with exit_if_worker_lost(strategy):
+        check_batch_size(config.batch_size, strategy)
+        mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
+        workdir = Workdir(workdir)
+        with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
+            identity.check(config, workdir)
+            finished = workdir.usable_result()
             seen = config.results_in() | {"a finished run": finished is not None}
             check_agreement(strategy, seen)
             with internals.forgetting_gradients():

@@ -103,7 +103,7 @@ for arguments in (dict(augmentation=Augmentation(rand_augment=5)), dict(mixing=M
     with pytest.raises(EtfzooError, match="leave out `mixup`"):
         cache(**arguments)
 device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**16})
-small = SimpleNamespace(devices=[device], split=strategy.split)
+small = SimpleNamespace(local_devices=[device], split=strategy.split)
 with pytest.raises(EtfzooError, match="too much for the 0 GiB of the device"):
     next(cache(strategy=small).training("train", 0))
 tfds_source.MEMORY_BYTES = 1000

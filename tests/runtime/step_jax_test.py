@@ -74,7 +74,7 @@ from etfzoo.runtime.strategy import best_here, get_strategy
 assert keras.backend.backend() == "jax"
 for name, arguments, message in (
     ("mirored", (), "did you mean mirrored"),
-    ("multiworker", (), "KERAS_BACKEND=tensorflow"),
+    ("multiworker", (), "does not know the workers: set TF_CONFIG"),
     ("tpu", ("grpc://there",), "leave out `tpu`"),
     ("tpu", (), "JAX sees no TPU"),
     ("mirrored", (None, 0), "at least 1"),
@@ -165,11 +165,12 @@ from etfzoo.models.classifier import build_classifier
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.pipeline import Pipeline
 from etfzoo.data.sources import resolve
-from etfzoo.runtime.strategy import get_strategy
+from etfzoo.runtime.strategy import get_strategy, is_chief, num_workers, wait_for_all
 from etfzoo.models.weights import as_arrays
 
-devices, norm, folder, out = int(sys.argv[1]), *sys.argv[2:]
-strategy = get_strategy(*(("mirrored", None, devices) if devices > 1 else ("one_device",)))
+name, devices, norm, folder, out = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+strategy = get_strategy(name, None, devices if name == "mirrored" else None)
+assert strategy.num_replicas_in_sync == devices
 # All constants are sums of few powers of 2: TensorFlow casts Python's numbers by way of float32.
 model = build_classifier(
     "rn18", 4, "etf", norm, (32, 32, 3),
@@ -192,11 +193,16 @@ arrays |= {"slot " + k: v for k, v in as_arrays(optimizer.variables).items()}
 predictions = evaluation.evaluate(model, source, "test", 12, strategy)._asdict()
 arrays |= {"prediction " + k: v for k, v in predictions.items()}
 if devices > 1:
-    images, labels = next(backend.distribute(strategy, lambda s: pipeline.training("train", 0)))
+    images, labels = next(
+        backend.distribute(strategy, lambda s: pipeline.training("train", 0, 0, s))
+    )
+    here = devices // num_workers(strategy)
     assert {s.data.shape for s in images.addressable_shards} == {(12 // devices, 32, 32, 3)}
-    assert len({s.device for s in labels.addressable_shards}) == devices
-    assert {len(v.value.addressable_shards) for v in optimizer.variables} == {devices}
-np.savez(out, **{k.replace("/", "|"): v for k, v in arrays.items()})
+    assert len({s.device for s in labels.addressable_shards}) == here
+    assert {len(v.value.addressable_shards) for v in optimizer.variables} == {here}
+if is_chief(strategy):
+    np.savez(out, **{k.replace("/", "|"): v for k, v in arrays.items()})
+wait_for_all(strategy)
 """
 )
 
@@ -214,7 +220,7 @@ def trained(tmp_path_factory):
         if key not in done:
             out = folder / ("_".join(map(str, key)) + ".npz")
             fresh_python(
-                _TRAIN, devices, norm, photos, out,
+                _TRAIN, "mirrored" if devices > 1 else "one_device", devices, norm, photos, out,
                 KERAS_BACKEND=backend,
             )  # fmt: skip
             done[key] = dict(np.load(out))

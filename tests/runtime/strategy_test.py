@@ -1,11 +1,8 @@
 """Strategies: equal to one process on any devices and workers; nothing lost; clear errors."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import keras
@@ -15,9 +12,10 @@ import tensorflow as tf
 
 import etfzoo
 from etfzoo.errors import EtfzooError
-from etfzoo.runtime import step_tf, strategy
+from etfzoo.runtime import cluster as clusters
+from etfzoo.runtime import step_tf
 from etfzoo.runtime.strategy import best_here, get_strategy, is_chief, num_workers
-from testing import CHECKOUT, last_checkpoint, make_image_folder
+from testing import CHECKOUT, finish_workers, last_checkpoint, make_image_folder, start_workers
 
 BATCH, STEPS = 12, 5
 
@@ -68,43 +66,6 @@ wait_for_all(strategy)
 """
 
 
-def start_workers(command, count):
-    """Starts the processes of a cluster on this machine; one alone belongs to none."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
-    processes = []
-    for index in range(count):
-        task = {"type": "worker", "index": index}
-        env = os.environ | {"PYTHONPATH": f"{CHECKOUT}{os.pathsep}{CHECKOUT / 'tests'}"}
-        if count > 1:
-            env["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-        command_of = command(index) if callable(command) else command
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, command_of)],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return processes
-
-
-def finish(processes, codes=(0,), timeout=500):
-    """What the processes print, once they have ended with one of the exit codes."""
-    try:
-        outputs = [p.communicate(timeout=timeout) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, (out, err) in zip(processes, outputs, strict=True):
-        assert p.returncode in codes, f"exit code {p.returncode}:\n{out}\n{err[-3000:]}"
-    return outputs
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     # A fifth of each class is the test split: 19 images, which 2, 3 and 12 do not divide.
@@ -123,7 +84,9 @@ def trained(photos, tmp_path_factory):
         if key not in done:
             out = folder / ("_".join(map(str, key)) + ".npz")
             workers, virtual = (devices, 0) if name == "multiworker" else (1, devices)
-            finish(start_workers(["-c", _TRAIN, name, virtual, norm, sync, photos, out], workers))
+            finish_workers(
+                start_workers(["-c", _TRAIN, name, virtual, norm, sync, photos, out], workers)
+            )
             done[key] = dict(np.load(out))
         return done[key]
 
@@ -194,7 +157,7 @@ def whole(tmp_path_factory):
     """An uninterrupted run of two workers, which prepare their data themselves."""
     folder = tmp_path_factory.mktemp("workers")
     (folder / "data").mkdir()
-    outputs = finish(start_workers(pretraining(folder / "run", folder / "data"), 2))
+    outputs = finish_workers(start_workers(pretraining(folder / "run", folder / "data"), 2))
     return folder, outputs
 
 
@@ -230,11 +193,11 @@ def test_a_stopped_worker_stops_all_and_nothing_is_lost(whole, tmp_path, number,
         assert all(p.poll() is None for p in processes)
         time.sleep(0.01)
     processes[victim].send_signal(number)
-    outputs = finish(processes, codes, timeout=60)
+    outputs = finish_workers(processes, codes, timeout=60)
     if number == signal.SIGKILL:
         assert "another worker is gone" in outputs[1 - victim][1]
     assert not (tmp_path / "run/result.json").exists()
-    finish(start_workers(command, 2))
+    finish_workers(start_workers(command, 2))
     (arrays, state), (wanted, wanted_state) = final(tmp_path / "run"), final(folder / "run")
     assert state == wanted_state and arrays.keys() == wanted.keys()
     for name in wanted:
@@ -248,7 +211,7 @@ def test_workers_that_disagree_on_flags(whole, tmp_path):
     def command(index):
         return pretraining(tmp_path / "run", folder / "data", f"--learning_rate={0.1 * index}")
 
-    for _, err in finish(start_workers(command, 2), codes=(2,), timeout=120):
+    for _, err in finish_workers(start_workers(command, 2), codes=(2,), timeout=120):
         assert "error: the workers disagree on learning_rate (here 0" in err
     assert not (tmp_path / "run").exists()
 
@@ -295,7 +258,7 @@ def slurm_step(monkeypatch, **changes):
 def test_the_workers_of_a_slurm_step_in_its_own_order(monkeypatch):
     slurm_step(monkeypatch)
     workers = ["node9:8888", "node10:8888", "login:8888", "login:8889"]
-    assert json.loads(strategy._slurm_tf_config()) == json.loads(cluster(workers, index=2))
+    assert json.loads(clusters._slurm_tf_config()) == json.loads(cluster(workers, index=2))
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,9 @@ RUN_BY = {
     "python recipes/prepare.py --dataset=*": (
         "tests/data/array_record_test.py::test_converting_again_and_going_on"
     ),
+    "python recipes/pretrain.py --dataset=csv:photos/labels.csv *": (
+        "tests/data/csv_file_test.py::test_it_trains_and_is_evaluated"
+    ),
     "python recipes/predict.py --model=*": "tests/zoo/serving_client_test.py::test_predict",
     "python recipes/export.py --model=*": "tests/zoo/export_test.py::test_recipe",
     "python recipes/serve_client.py *": "tests/zoo/serving_client_test.py::test_serve_client",

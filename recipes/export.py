@@ -1,4 +1,4 @@
-"""Exports a model: a SavedModel for TensorFlow and TF Serving, an ONNX file, or a .keras file."""
+"""Exports a model: a SavedModel for TF Serving, or a file for ONNX, LiteRT, OpenVINO or Keras."""
 
 import recipe
 

@@ -246,7 +246,7 @@ def test_imports_name_the_extra_that_brings_them():
 def test_all_of_the_extras_are_tested():
     """What the suite would skip without its package is in the environment that CI installs."""
     tested = EXTRAS["test"] + EXTRAS["train"]
-    for name in ("jax", "hf", "onnx"):
+    for name in ("jax", "hf", "onnx", "openvino"):
         assert set(EXTRAS[name]) <= set(tested)
     assert "'.[cpu,train,test]'" in (ROOT / "Makefile").read_text("utf-8")
 

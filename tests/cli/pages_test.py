@@ -84,8 +84,13 @@ RUN_BY = {
     "python recipes/prepare.py --dataset=*": (
         "tests/data/array_record_test.py::test_converting_again_and_going_on"
     ),
+    "python recipes/pretrain.py --dataset=csv:photos/labels.csv *": (
+        "tests/data/csv_file_test.py::test_it_trains_and_is_evaluated"
+    ),
     "python recipes/predict.py --model=*": "tests/zoo/serving_client_test.py::test_predict",
-    "python recipes/export.py --model=*": "tests/zoo/export_test.py::test_recipe",
+    "python recipes/export.py --model=rn18_etf *": "tests/zoo/export_test.py::test_recipe_in_int8",
+    "python recipes/export.py --model=rn101_etf *": "tests/zoo/export_test.py::test_recipe",
+    "pip install -e '.[openvino]'": "Makefile::'.[cpu,train,test]'",
     "python recipes/serve_client.py *": "tests/zoo/serving_client_test.py::test_serve_client",
     "python recipes/table1.py --quick": 'tests/experiments/sweep_test.py::run_recipe("table1"',
     "python recipes/table_longtail.py --quick": "tests/experiments/summary_test.py::--quick",

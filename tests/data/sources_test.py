@@ -228,7 +228,7 @@ def empty_test(root):
         (one_class, "needs at least two class folders.*found 1"),
         (empty_class, "each with training images; found 3, empty: empty"),
         (empty_training_class, "each with training images; found 3, empty: c"),
-        (class_only_in_test, "test has class folders that the training split lacks: z"),
+        (class_only_in_test, "test split of .* has class folders that the training split lacks: z"),
         (empty_test, r"no images in .* \(test\)"),
     ],
 )

@@ -201,6 +201,7 @@ def test_unknown_split(photos):
         source.size("val")
 
 
+@pytest.mark.slow
 @pytest.mark.small_rn18
 def test_it_trains_and_is_evaluated(photos, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")

@@ -339,6 +339,28 @@ def make_classifier(head="etf", seed=3, backbone="rn18", **changes):
     return model
 
 
+def save_run(config, model, workdir, step=1):
+    """The workdir that a run of this config leaves with this model, as far as evaluation asks."""
+    from etfzoo.models import checkpoint
+    from etfzoo.training import identity
+
+    run = identity.claim(config, workdir, {})
+    checkpoint.CheckpointManager(workdir).save(step, model, None, run)
+    return workdir
+
+
+def assert_same_in_float64(one, other):
+    """Two runs of five steps on the same images: weights, slots, sums and predictions by name."""
+    assert one.keys() == other.keys() and len(one) > 90
+    for name in one:
+        assert one[name].shape == other[name].shape
+        difference = np.max(np.abs(one[name].astype(float) - other[name]))
+        # Sums over 60 examples are compared by their size.
+        assert difference < 1e-9 * (one[name][0] if name == "sums" else 1), name
+    assert one["sums"][2] == 60 and len(one["prediction labels"]) == 19
+    assert one["conv1_conv|kernel"].dtype == other["conv1_conv|kernel"].dtype == np.float64
+
+
 def random_pixels(n=4, seed=0, side=SIDE):
     """float32 images in 0..255."""
     return np.random.default_rng(seed).uniform(0, 255, (n, side, side, 3)).astype("float32")

@@ -25,7 +25,7 @@ COMMAND = Command(
         "protocol": "paper_lowres",
         "seeds": "0",
     },
-    # Few epochs at the rates of the demo, and a search of the fine-tuning's rate in each cell.
+    # Few epochs, and a search of the fine-tuning's rate in each cell.
     quick={
         "source": "shapes/source",
         "targets": ["digits"],

@@ -7,10 +7,8 @@ import pytest
 
 import etfzoo
 from etfzoo.cli import configs
-from etfzoo.models import checkpoint
-from etfzoo.training import identity
 from etfzoo.training.config import TrainConfig
-from testing import make_classifier, make_image_folder, run_recipe
+from testing import make_classifier, make_image_folder, run_recipe, save_run
 
 pytestmark = pytest.mark.small_rn18
 NAMES = ("ant", "bee")
@@ -18,9 +16,7 @@ NAMES = ("ant", "bee")
 
 def make_run(folder, model, seed=0):
     config = TrainConfig("digits", backbone="rn18", seed=seed)
-    run = identity.claim(config, folder, {})
-    checkpoint.CheckpointManager(folder).save(1, model, None, run)
-    return folder
+    return save_run(config, model, folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,8 @@ import json
 import pytest
 
 import etfzoo
-from etfzoo.models import checkpoint
-from etfzoo.training import identity
 from etfzoo.training.config import TrainConfig
-from testing import make_classifier, make_image_folder, run_recipe
+from testing import make_classifier, make_image_folder, run_recipe, save_run
 
 pytestmark = pytest.mark.small_rn18
 NAMES = ("ant", "bee", "cat")  # of a tail at 8: 128, 45 and 16 training images
@@ -30,8 +28,7 @@ def model():
 def make_run(photos, model, tmp_path):
     def made(imbalance, dataset=f"folder:{photos}"):
         config = TrainConfig(dataset, backbone="rn18", imbalance=imbalance)
-        run = identity.claim(config, tmp_path / "run", {})
-        checkpoint.CheckpointManager(tmp_path / "run").save(1, model, None, run)
+        save_run(config, model, tmp_path / "run")
         return tmp_path / "run"
 
     return made

@@ -16,6 +16,7 @@ from step_jax_test import _SMALL, _TRAIN
 
 from testing import (
     CHECKOUT,
+    assert_same_in_float64,
     finish_workers,
     fresh_python,
     held_by_another_process,
@@ -82,14 +83,7 @@ def test_equal_to_one_process(of_one_process, photos, tmp_path, workers, devices
     command = ["-c", _TRAIN, "multiworker", workers * devices, norm, photos, out]
     finish_workers(start_workers(command, workers, JAX_NUM_CPU_DEVICES=str(devices)))
     one, several = of_one_process(norm), dict(np.load(out))
-    assert one.keys() == several.keys() and len(one) > 90
-    for name in one:
-        assert one[name].shape == several[name].shape
-        difference = np.max(np.abs(one[name].astype(float) - several[name]))
-        # Sums over 60 examples are compared by their size.
-        assert difference < 1e-9 * (one[name][0] if name == "sums" else 1), name
-    assert one["sums"][2] == 60 and len(one["prediction labels"]) == 19
-    assert several["conv1_conv|kernel"].dtype == np.float64
+    assert_same_in_float64(one, several)
 
 
 def pretraining(workdir, data_dir, *flags):

@@ -9,12 +9,11 @@ import pytest
 import etfzoo
 from etfzoo.errors import EtfzooError
 from etfzoo.measure import ood
-from etfzoo.models import checkpoint
-from etfzoo.training import evaluation, identity
+from etfzoo.training import evaluation
 from etfzoo.training.config import TrainConfig
 from etfzoo.training.job import Job
 from etfzoo.workdir import Workdir
-from testing import make_classifier, make_image_folder, run_recipe
+from testing import make_classifier, make_image_folder, run_recipe, save_run
 
 pytestmark = pytest.mark.small_rn18
 NAMES = ("ant", "bee", "cat")
@@ -35,8 +34,7 @@ def model():
 def make_run(photos, model, tmp_path):
     def made(imbalance, dataset=f"folder:{photos}"):
         config = TrainConfig(dataset, backbone="rn18", imbalance=imbalance)
-        run = identity.claim(config, tmp_path / "run", {})
-        checkpoint.CheckpointManager(tmp_path / "run").save(1, model, None, run)
+        save_run(config, model, tmp_path / "run")
         return dataclasses.replace(config, init=str(tmp_path / "run"), keep_head=True)
 
     return made

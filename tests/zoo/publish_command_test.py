@@ -13,11 +13,11 @@ import etfzoo
 from etfzoo import files
 from etfzoo.models import checkpoint
 from etfzoo.runtime import hardware
-from etfzoo.training import identity, publish_run
+from etfzoo.training import publish_run
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import card, index, manifest, saved_model
-from testing import CHECKOUT, randomize, run_recipe
+from testing import CHECKOUT, randomize, run_recipe, save_run
 
 NAME = "rn18_etf.digits"
 
@@ -34,9 +34,8 @@ def workdir(tmp_path_factory):
     """What a finished training leaves, by the functions that write it; only nothing was learnt."""
     folder = tmp_path_factory.mktemp("run") / "run"
     config = TrainConfig("digits", "/some/place", backbone="rn18", image_size=32, epochs=1)
-    run = identity.claim(config, folder, {})
     model = randomize(etfzoo.build_classifier("rn18", 10, input_shape=(32, 32, 3)))
-    checkpoint.CheckpointManager(folder).save(7, model, None, run)
+    save_run(config, model, folder, step=7)
     hardware.write(folder, 12.5)
     files.write_text(folder / "result.json", json.dumps({"top1": 0.25, "examples": 1297}))
     return folder

@@ -6,11 +6,13 @@ them by their effect, so far with TensorFlow 2.21.0 and Keras 3.15.1: try new ve
 Every room may use this module: it imports TensorFlow and Keras only where a function needs them.
 """
 
+import collections
 import contextlib
 import ctypes
 import importlib
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -19,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MAX_INDEX = 2**22  # bytes of a SavedModel's index of variables; that of a ResNet101 has 2**16
+# Layers of ConvNeXt that Keras has no public name for; its files address them by their module.
+UNNAMED_LAYERS = ("LayerScale", "StochasticDepth")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 # TensorFlow: SavedModels.
@@ -261,6 +265,71 @@ def share_weight_files(kind) -> None:
     it: so the subclass takes that of its base.
     """
     kind.__name__ = kind.__base__.__name__
+
+
+@contextlib.contextmanager
+def fresh_names():
+    """Lets Keras count the layers that have no name of their own from the start again, inside.
+
+    Such a layer is called by how many of its kind the process has made: inside its name hangs on
+    nothing but what is built there. keras.backend.clear_session would reset more than that.
+    """
+    from keras.src.backend.common import global_state
+
+    name = "object_name_uids"
+    kept = global_state.get_global_attribute(name)
+    global_state.set_global_attribute(name, collections.defaultdict(int))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(name, kept)
+
+
+@contextlib.contextmanager
+def without_values():
+    """Layers that are built inside have variables of their shapes, and no memory for values.
+
+    keras.StatelessScope(initialize_variables=False) is public. But Keras keeps a list of such
+    variables and gives all on it values later, when it next builds a layer of any model: they are
+    taken off it here.
+    """
+    import keras
+    from keras.src.backend.common import global_state
+
+    name = "uninitialized_variables"
+    kept = global_state.get_global_attribute(name)
+    global_state.set_global_attribute(name, [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(name, [] if kept is None else kept)
+
+
+def name_by_layer(layer, prefix: str = "") -> None:
+    """Gives variables that Keras has counted the path of their layer, by which weights are kept.
+
+    Those are the states of random numbers, as dropout has one, and weights without a name. Their
+    paths tell how many of their kind the process has made; Keras has no way to choose them.
+
+    Args:
+        layer: a layer or model; with all that is in it.
+        prefix: its path, with a slash at the end; none for a model.
+    """
+    states = [generator.state for generator in layer._seed_generators]
+    own = [*layer._trainable_variables, *layer._non_trainable_variables, *states]
+    for number, variable in enumerate(own):
+        if re.fullmatch(r"seed_generator_state|variable(_\d+)?", variable.name):
+            variable._path = f"{prefix}{variable.name.partition('_')[0]}_{number}"
+    for part in layer._layers:
+        name_by_layer(part, f"{prefix}{part.name}/")
+
+
+def unnamed_layers() -> dict:
+    """The classes of UNNAMED_LAYERS by name."""
+    from keras.src.applications import convnext
+
+    return {name: getattr(convnext, name) for name in UNNAMED_LAYERS}
 
 
 # Processes.

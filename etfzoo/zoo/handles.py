@@ -2,8 +2,8 @@
 
 A handle is one of
 
-- a name `<backbone>_<method>[.<tag>][@<version>]`, e.g. `rn101_etf.in1k@1`: a row of BACKBONES, a
-  row of METHODS, the training data, an integer;
+- a name `<backbone>_<method>[.<tag>][@<version>]`, e.g. `rn101_etf.in1k@1`: the short name of a
+  backbone, a row of METHODS, the training data, an integer;
 - the path of a version folder, of a model folder (its highest version counts) or of the workdir of
   a training run;
 - the address of a version folder (`https://`, `http://`, `gs://`, `hf://`), see `etfzoo.zoo.cache`.
@@ -27,7 +27,7 @@ from pathlib import Path
 from etfzoo import files
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models.spec import ClassifierSpec
-from etfzoo.models.table import METHODS, VERSION
+from etfzoo.models.table import METHODS, VERSION, by_short_name
 from etfzoo.progress import notify
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import cache, card, index, manifest
@@ -164,7 +164,7 @@ class Source:
         backbone, method = self.name.split(".")[0].split("_")
         head, norm = METHODS[method]
         return ClassifierSpec(
-            backbone,
+            by_short_name()[backbone],
             self.row.num_classes,
             head=self.row.head or head,
             norm=norm,

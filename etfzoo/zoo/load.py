@@ -5,7 +5,7 @@ import dataclasses
 import keras
 
 from etfzoo.errors import EtfzooError, first_line
-from etfzoo.models import checkpoint, classifier, weights
+from etfzoo.models import checkpoint, classifier, custom, weights
 from etfzoo.models.classifier import ImageClassifier
 from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.progress import notify
@@ -133,6 +133,11 @@ def _check_sizes(spec, shapes, source):
             f"the weights of {source} do not fit the model: {kernel[-1:]} classes instead of "
             f"{spec.num_classes}"
         )
+    if spec.network is not None:
+        try:
+            custom.check_shapes(spec.network, shapes)
+        except EtfzooError as error:
+            raise EtfzooError(f"the weights of {source} do not fit the model: {error}") from error
     if not spec.projector_layers:
         return
     units = shapes.get("projector1_dense/kernel", ())[-1:]

@@ -332,6 +332,21 @@ def unnamed_layers() -> dict:
     return {name: getattr(convnext, name) for name in UNNAMED_LAYERS}
 
 
+def keras_weights(network: str) -> tuple[str, str]:
+    """Address and MD5 of the ImageNet weights, with their top, that Keras has of a ResNet.
+
+    They stand in the module of its constructor, which downloads them by itself and to its own place
+    only.
+
+    Args:
+        network: name in Keras's table, e.g. `resnet50`.
+    """
+    from keras.src.applications import resnet
+
+    name = f"{network}_weights_tf_dim_ordering_tf_kernels.h5"
+    return resnet.BASE_WEIGHTS_PATH + name, resnet.WEIGHTS_HASHES[network][0]
+
+
 # Processes.
 
 

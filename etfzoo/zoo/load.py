@@ -9,7 +9,7 @@ from etfzoo.models import checkpoint, classifier, custom, weights
 from etfzoo.models.classifier import ImageClassifier
 from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.progress import notify
-from etfzoo.zoo import index, publish, verify
+from etfzoo.zoo import index, keras_weights, publish, verify
 from etfzoo.zoo.handles import fetched, find, has_address
 from etfzoo.zoo.metadata import read_metadata
 
@@ -67,6 +67,9 @@ def load(
     model = None
     if source.workdir is not None:
         model = checkpoint.load_model(source.workdir)
+        spec = model.spec
+    elif source.is_keras:
+        model = keras_weights.load(source.name, load_weights)
         spec = model.spec
     else:
         spec = source.spec()

@@ -8,12 +8,14 @@ Every room may use this module: it imports TensorFlow and Keras only where a fun
 """
 
 import atexit
+import collections
 import contextlib
 import ctypes
 import importlib
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MAX_INDEX = 2**22  # bytes of a SavedModel's index of variables; that of a ResNet101 has 2**16
+# Layers of ConvNeXt that Keras has no public name for; its files address them by their module.
+UNNAMED_LAYERS = ("LayerScale", "StochasticDepth")
 _ENDS = itertools.count()  # of this process, see end_without_jax_workers
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -290,6 +294,86 @@ def share_weight_files(kind) -> None:
     it: so the subclass takes that of its base.
     """
     kind.__name__ = kind.__base__.__name__
+
+
+@contextlib.contextmanager
+def fresh_names():
+    """Lets Keras count the layers that have no name of their own from the start again, inside.
+
+    Such a layer is called by how many of its kind the process has made: inside its name hangs on
+    nothing but what is built there. keras.backend.clear_session would reset more than that.
+    """
+    from keras.src.backend.common import global_state
+
+    name = "object_name_uids"
+    kept = global_state.get_global_attribute(name)
+    global_state.set_global_attribute(name, collections.defaultdict(int))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(name, kept)
+
+
+@contextlib.contextmanager
+def without_values():
+    """Layers that are built inside have variables of their shapes, and no memory for values.
+
+    keras.StatelessScope(initialize_variables=False) is public. But Keras keeps a list of such
+    variables and gives all on it values later, when it next builds a layer of any model: they are
+    taken off it here.
+    """
+    import keras
+    from keras.src.backend.common import global_state
+
+    name = "uninitialized_variables"
+    kept = global_state.get_global_attribute(name)
+    global_state.set_global_attribute(name, [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(name, [] if kept is None else kept)
+
+
+def name_by_layer(layer, prefix: str = "") -> None:
+    """Gives variables that Keras has counted the path of their layer, by which weights are kept.
+
+    Those are the states of random numbers, as dropout has one, and weights without a name. Their
+    paths tell how many of their kind the process has made; Keras has no way to choose them.
+
+    Args:
+        layer: a layer or model; with all that is in it.
+        prefix: its path, with a slash at the end; none for a model.
+    """
+    states = [generator.state for generator in layer._seed_generators]
+    own = [*layer._trainable_variables, *layer._non_trainable_variables, *states]
+    for number, variable in enumerate(own):
+        if re.fullmatch(r"seed_generator_state|variable(_\d+)?", variable.name):
+            variable._path = f"{prefix}{variable.name.partition('_')[0]}_{number}"
+    for part in layer._layers:
+        name_by_layer(part, f"{prefix}{part.name}/")
+
+
+def unnamed_layers() -> dict:
+    """The classes of UNNAMED_LAYERS by name."""
+    from keras.src.applications import convnext
+
+    return {name: getattr(convnext, name) for name in UNNAMED_LAYERS}
+
+
+def keras_weights(network: str) -> tuple[str, str]:
+    """Address and MD5 of the ImageNet weights, with their top, that Keras has of a ResNet.
+
+    They stand in the module of its constructor, which downloads them by itself and to its own place
+    only.
+
+    Args:
+        network: name in Keras's table, e.g. `resnet50`.
+    """
+    from keras.src.applications import resnet
+
+    name = f"{network}_weights_tf_dim_ordering_tf_kernels.h5"
+    return resnet.BASE_WEIGHTS_PATH + name, resnet.WEIGHTS_HASHES[network][0]
 
 
 # Processes.

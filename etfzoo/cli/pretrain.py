@@ -15,6 +15,7 @@ docs/results.md for measured times and accuracies.
 
 from etfzoo.cli import app, configs, flags
 from etfzoo.cli.flags import FLAGS
+from etfzoo.models.table import short_name
 from etfzoo.workdir import folder_name
 
 
@@ -27,7 +28,8 @@ def main():
     configs.open_strategy(config)
     workdir = FLAGS.workdir or (
         f"runs/{folder_name(config.dataset)}_{config.image_size}_"
-        f"{config.backbone}_{config.head}{'_sw' if config.norm == 'sw' else ''}_s{config.seed}"
+        f"{short_name(config.backbone)}_{config.head}{'_sw' if config.norm == 'sw' else ''}_"
+        f"s{config.seed}"
     )
     layers = config.projector_layers
     kind = "" if config.projector_kind == "trained" else f"{config.projector_kind} "

@@ -168,6 +168,7 @@ def content_hash(model, pipeline: Pipeline, split: str, tap: str = "features") -
     settings |= {"mean": spec.mean, "std": spec.std, "dtype": spec.dtype}
     settings |= {"preprocessing": pipeline.preprocessing, "data": pipeline.fingerprint(split)}
     settings |= {} if tap == "features" else {"tap": tap}
+    settings |= {} if spec.network is None else {"network": spec.network, "bgr": spec.bgr}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, array in sorted(weights.as_arrays(model.variables).items()):
         if tap != "features" or not is_head_variable(path):

@@ -125,7 +125,8 @@ def stock(network: keras.Model) -> keras.Model:
         A plain functional Keras model.
 
     Raises:
-        EtfzooError: not a functional model of one input, or one with a model inside.
+        EtfzooError: not a functional model of one input, or one with a model inside that holds
+            other layers than Keras's.
     """
     inputs = getattr(network, "inputs", None) or ()
     if isinstance(network, keras.Sequential) or len(inputs) != 1:
@@ -140,12 +141,18 @@ def stock(network: keras.Model) -> keras.Model:
             weights[layer.name] = layer.get_weights()
         elif kind is ETFClassifier:
             replacements[layer.name], weights[layer.name] = _stock_head(layer)
-        elif isinstance(layer, keras.Model):
+        elif isinstance(layer, keras.Model) and not _is_plain(layer):
             raise EtfzooError(f"{network.name} has the model {layer.name} among its layers")
     copy = _copy(network, replacements)
     for name, values in weights.items():
         copy.get_layer(name).set_weights(values)
     return copy
+
+
+def _is_plain(model) -> bool:
+    """Whether a model inside of another is one of Keras's own layers already."""
+    kinds = {type(model), *map(type, model.layers)}
+    return all(kind.__module__.partition(".")[0] == "keras" for kind in kinds)
 
 
 def _stock_head(layer: ETFClassifier):

@@ -1,14 +1,16 @@
-"""The image classifier: normalisation -> KerasCV ResNet -> pooling -> (projector ->) head."""
+"""The image classifier: normalisation -> backbone -> pooling -> (projector ->) head."""
 
 import contextlib
 import dataclasses
 
 import keras
 
-from etfzoo.errors import unknown
+from etfzoo import internals
+from etfzoo.errors import EtfzooError, first_line, unknown
 from etfzoo.layers.etf_classifier import ETFClassifier, full_precision
-from etfzoo.models import backbones, projector, weights
-from etfzoo.models.spec import HEAD_FIELDS, IMAGENET_MEAN, IMAGENET_STD, ClassifierSpec
+from etfzoo.models import backbones, custom, projector, weights
+from etfzoo.models.spec import HEAD_FIELDS, IMAGENET_MEAN, IMAGENET_STD, PIXELS, ClassifierSpec
+from etfzoo.models.table import BACKBONES, CUSTOM, check_backbone
 
 
 @keras.saving.register_keras_serializable(package="etfzoo")
@@ -21,8 +23,9 @@ class ImageClassifier(keras.Model):
 
     Attributes:
         spec: the ClassifierSpec that it was built from.
-        taps: KerasTensors by name: `stem`, `stage1` to `stage4`, `features`, `projected` (the
-            output of the projector, where there is one), `logits`.
+        taps: KerasTensors by name: `stem`, `stage1` to `stage4` (of a backbone that is no row of
+            BACKBONES instead `map`, what is pooled, where it gives one), `features`, `projected`
+            (the output of the projector, where there is one), `logits`.
     """
 
     def __init__(self, spec: ClassifierSpec, name=None):
@@ -35,8 +38,20 @@ class ImageClassifier(keras.Model):
                 name="normalize",
                 dtype=dtype,
             )(images)
-            x = backbones.apply_backbone(spec.backbone, x, spec.norm)
-            x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+            if spec.bgr:
+                x = keras.ops.flip(x, axis=-1)
+            if spec.backbone in BACKBONES:
+                x = backbones.apply_backbone(spec.backbone, x, spec.norm)
+            elif spec.network is None:
+                raise EtfzooError(f"this model's backbone, {spec.backbone}, is not with its spec")
+            else:
+                x = custom.apply_network(spec.network, x)
+            if len(x.shape) == 4:
+                x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+            else:
+                x = keras.layers.Identity(name="features")(x)
+            width = spec.projector_width_behind(x.shape[-1])
+            spec = dataclasses.replace(spec, projector_width=width)
             if spec.projector_kind == "etf":
                 x = projector.apply_etf_projector(x, spec.projector_layers, dtype)
             elif spec.projector_layers:
@@ -54,7 +69,11 @@ class ImageClassifier(keras.Model):
             elif spec.head == "linear":
                 x = keras.layers.Dense(spec.num_classes, name="logits", dtype=dtype)(x)
             # Under the policy, too: it tells Keras's `compile` whether to scale the loss.
-            super().__init__(inputs=images, outputs=x, name=name or f"{spec.backbone}_{spec.head}")
+            super().__init__(
+                inputs=images, outputs=x, name=name or f"{spec.short_name}_{spec.head}"
+            )
+            if spec.network is not None:
+                internals.name_by_layer(self)
         self._spec = spec
 
     @property
@@ -63,21 +82,30 @@ class ImageClassifier(keras.Model):
 
     @property
     def taps(self) -> dict[str, keras.KerasTensor]:
-        names = backbones.tap_layers(self.spec.backbone) | {"features": "features"}
+        found, names = {}, {"features": "features"}
+        if self.spec.network is None:
+            names = backbones.tap_layers(self.spec.backbone) | names
+        elif len((pooled := self.get_layer("features").input).shape) == 4:
+            found["map"] = pooled
         if self.spec.projector_layers:
             names["projected"] = projector.output_layer(
                 self.spec.projector_layers, self.spec.projector_kind
             )
         if self.spec.head is not None:
             names["logits"] = "logits"
-        return {tap: self.get_layer(layer).output for tap, layer in names.items()}
+        return found | {tap: self.get_layer(layer).output for tap, layer in names.items()}
 
     def at_size(self, height: int, width: int) -> keras.Model:
         """The same layers with the same weights, on images of another size in pixels."""
         if (height, width) == self.spec.input_shape[:2]:
             return self
         images = keras.Input((height, width, 3), name="images", dtype=self.inputs[0].dtype)
-        return backbones.rebuild(self, images, lambda layer: layer)
+        try:
+            return backbones.rebuild(self, images, lambda layer: layer)
+        except ValueError as error:
+            raise EtfzooError(
+                f"{self.name} cannot take images of {height}x{width} pixels: {first_line(error)}"
+            ) from error
 
     def get_config(self):
         return {"spec": dataclasses.asdict(self.spec), "name": self.name}
@@ -88,11 +116,11 @@ class ImageClassifier(keras.Model):
 
 
 def build_classifier(
-    backbone: str,
+    backbone: "str | keras.Model",
     num_classes: int | None,
     head: str | None = "etf",
     norm: str = "bn",
-    input_shape=(224, 224, 3),
+    input_shape=None,
     *,
     feature_norm: str = "none",
     scale: float | None = None,
@@ -105,19 +133,27 @@ def build_classifier(
     guided: bool = False,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
+    pixels: str | None = None,
     crop: float = 0.875,
     class_names=None,
     dtype: str | None = None,
 ) -> ImageClassifier:
-    """Builds an untrained image classifier on a KerasCV ResNet.
+    """Builds an image classifier on a KerasCV ResNet or on any Keras model; its head is untrained.
+
+    A Keras model is a functional or sequential one of stock layers, from images to a map
+    `[N, h, w, p]`, of which the features are the average, or to features `[N, p]`. Its layers are
+    made anew, with its weights, and frozen ones stay frozen. Stored is their config, and no code.
 
     Args:
-        backbone: `"rn18"`, `"rn34"`, `"rn50"` or `"rn101"`.
+        backbone: `"rn18"`, `"rn34"`, `"rn50"` or `"rn101"`; `"keras:"` and a constructor of
+            keras.applications, as in `"keras:EfficientNetB0"`, without head and weights and with
+            torch's momentum in its batch norms; or a keras.Model.
         num_classes: K, or None with `head=None`.
         head: `"etf"` (fixed), `"linear"` (trainable, with bias) or None (features).
         norm: normalisation in the backbone: `"bn"`, or `"sw"` for Switchable Whitening at the
             published places (see `etfzoo.models.backbones.whiten`) and batch norm elsewhere.
-        input_shape: `(height, width, 3)`; height and width may be None.
+        input_shape: `(height, width, 3)`; height and width may be None. Left out, it is that of a
+            keras.Model that has one, else `(224, 224, 3)`.
         feature_norm: `"none"`, `"bn"`, `"l2"` or `"bn_l2"`; ETF head only.
         scale: factor on the ETF head's logits; None means 16 on features of unit length, else 1.
         seed: seed of the ETF. The other weights draw from Keras's global seed
@@ -129,7 +165,13 @@ def build_classifier(
         projector_kind: `"trained"`, or `"etf"` for one of frozen ETFs.
         guided: whether training turns the simplex ETF to the class means, see
             `etfzoo.layers.frames.nearest_etf`; ETF head only. Here it has the place of its seed.
-        mean, std: per channel, on the 0..255 scale.
+        mean, std: per channel, on the 0..255 scale; see `pixels`.
+        pixels: what a backbone other than KerasCV's was trained to take, by the names of
+            keras.applications.imagenet_utils.preprocess_input: `"torch"` (ImageNet's mean and
+            standard deviation), `"tf"` (-1..1), `"caffe"` (blue, green, red without ImageNet's
+            mean), or `"raw"` (0..255 as they are). None is `"raw"` where the network begins with a
+            Rescaling or Normalization of its own, as EfficientNet and ConvNeXt do, and otherwise
+            `mean` and `std`.
         crop: share of the shorter side that evaluation keeps around the centre.
         class_names: label names in the order of the logits, or None.
         dtype: Keras dtype policy, e.g. `"mixed_bfloat16"`; None takes the global one.
@@ -138,7 +180,8 @@ def build_classifier(
         An ImageClassifier.
 
     Raises:
-        EtfzooError: a name that is not known or shapes that do not fit.
+        EtfzooError: a name that is not known or shapes that do not fit; a keras.Model that is not
+            functional, has a Lambda or a layer of the user's own, several inputs or other channels.
         ValueError: an ETF that does not exist (see `etfzoo.layers.ETFClassifier`).
 
     Examples:
@@ -148,30 +191,66 @@ def build_classifier(
         (None, 7)
         >>> model.get_layer("logits").trainable_variables
         []
+
+        A network of one's own:
+
+        >>> import keras
+        >>> network = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Conv2D(16, 3)])
+        >>> etfzoo.build_classifier(network, 7).taps["features"].shape
+        (None, 16)
     """
-    return ImageClassifier(
-        ClassifierSpec(
-            backbone=backbone,
-            num_classes=num_classes,
-            head=head,
-            norm=norm,
-            input_shape=input_shape,
-            feature_norm=feature_norm,
-            scale=scale,
-            seed=seed,
-            frame=frame,
-            learn_scale=learn_scale,
-            projector_layers=projector_layers,
-            projector_width=projector_width,
-            projector_kind=projector_kind,
-            guided=guided,
-            mean=mean,
-            std=std,
-            crop=crop,
-            class_names=class_names,
-            dtype=dtype or keras.config.dtype_policy().name,
-        )
+    source, fields = _backbone_fields(backbone, pixels)
+    if input_shape is None:
+        own = source.inputs[0].shape[1:] if source else ()
+        input_shape = own if all(own) and own else (224, 224, 3)
+    spec = ClassifierSpec(
+        **{"mean": mean, "std": std} | fields,
+        num_classes=num_classes,
+        head=head,
+        norm=norm,
+        input_shape=input_shape,
+        feature_norm=feature_norm,
+        scale=scale,
+        seed=seed,
+        frame=frame,
+        learn_scale=learn_scale,
+        projector_layers=projector_layers,
+        projector_width=projector_width,
+        projector_kind=projector_kind,
+        guided=guided,
+        crop=crop,
+        class_names=class_names,
+        dtype=dtype or keras.config.dtype_policy().name,
     )
+    model = ImageClassifier(spec)
+    if spec.backbone == CUSTOM:
+        weights.as_arrays(model.variables)  # two of the same path could not be told apart
+        custom.copy_weights(source, model)
+    return model
+
+
+def _backbone_fields(backbone, pixels):
+    """The Keras model that a backbone is, if it is one, and the fields of the spec that it sets."""
+    if isinstance(backbone, str):
+        check_backbone(backbone)
+    if backbone == CUSTOM:
+        raise EtfzooError(f"{CUSTOM} stands for a keras.Model: pass the model itself")
+    if isinstance(backbone, str) and backbone in BACKBONES:
+        if pixels is not None:
+            raise EtfzooError(f"pixels is for other backbones: {backbone} takes `mean` and `std`")
+        return None, {"backbone": backbone}
+    name, source = CUSTOM, backbone
+    if isinstance(backbone, str):
+        name, source = backbone, custom.application(backbone)
+    fields = {"backbone": name, "network": custom.describe(source)}
+    if pixels is None and custom.normalizes(source):
+        pixels = "raw"
+    if pixels is not None:
+        if pixels not in PIXELS:
+            raise unknown("pixels", pixels, PIXELS)
+        mean, std, bgr = PIXELS[pixels]
+        fields |= {"mean": mean, "std": std, "bgr": bgr}
+    return source, fields
 
 
 def replace_head(

@@ -5,6 +5,7 @@ import dataclasses
 from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, shown, unknown
 from etfzoo.models.table import (
+    BACKBONES,
     FEATURE_NORMS,
     FRAMES,
     HEADS,
@@ -12,10 +13,20 @@ from etfzoo.models.table import (
     PROJECTOR_KINDS,
     PROJECTOR_LAYERS,
     PROJECTOR_WIDTH,
+    check_backbone,
     get_backbone,
+    short_name,
 )
 
 IMAGENET_MEAN, IMAGENET_STD = IMAGENET_STATISTICS
+# What a backbone takes, by the names that keras.applications has for it: mean and standard
+# deviation that turn 0..255 into it, and whether it is blue, green, red.
+PIXELS = {
+    "raw": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False),
+    "tf": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5), False),
+    "torch": (IMAGENET_MEAN, IMAGENET_STD, False),
+    "caffe": ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0), True),
+}
 # What belongs to the etf head, and what stands there of another one.
 ETF_FIELDS = {
     "feature_norm": "none", "scale": None, "frame": "simplex_etf", "learn_scale": False,
@@ -54,6 +65,10 @@ class ClassifierSpec:
     projector_width: int | None = None
     projector_kind: str = "trained"
     guided: bool = False
+    # Of a backbone that is no row of BACKBONES: its graph, see `etfzoo.models.custom`.
+    network: str | None = None
+    # Whether it takes its channels as blue, green, red; `mean` and `std` are in the order of RGB.
+    bgr: bool = False
 
     def __post_init__(self):
         for field in ("input_shape", "mean", "std", "class_names", "class_descriptions"):
@@ -64,15 +79,17 @@ class ClassifierSpec:
             unit = self.feature_norm == "none" and self.projector_kind == "etf"
             unit = (unit or self.feature_norm.endswith("l2")) and self.head == "etf"
             object.__setattr__(self, "scale", 16.0 if unit else 1.0)
-        row = get_backbone(self.backbone)
+        check_backbone(self.backbone, self.norm if self.norm in NORMS else "bn")
         check_projector(self.projector_layers, self.projector_width, self.projector_kind)
-        if self.projector_layers and self.projector_width is None:
-            object.__setattr__(self, "projector_width", row.feature_dim)
-        if self.projector_kind == "etf" and self.projector_width != row.feature_dim:
-            raise EtfzooError(
-                f"the etf projector keeps the width of the features, {row.feature_dim}: leave out "
-                "`projector_width`"
-            )
+        if self.backbone in BACKBONES:
+            if self.network is not None:
+                raise EtfzooError(f"the network of {self.backbone} is known: it takes no other one")
+            width = self.projector_width_behind(get_backbone(self.backbone).feature_dim)
+            object.__setattr__(self, "projector_width", width)
+        if not (self.network is None or isinstance(self.network, str)):
+            raise EtfzooError("network must be text")
+        if type(self.bgr) is not bool:
+            raise EtfzooError("bgr must be true or false")
         if self.projector_layers and self.head is None:
             raise EtfzooError("projector_layers belong to a head: features are taken before them")
         if self.head is not None and self.head not in HEADS:
@@ -115,6 +132,26 @@ class ClassifierSpec:
     def penultimate(self) -> str:
         """The tap on which the head acts: `projected`, or without a projector `features`."""
         return "projected" if self.projector_layers else "features"
+
+    @property
+    def short_name(self) -> str:
+        """What the backbone is called in names of models: of `keras:VGG16` it is `vgg16`."""
+        return short_name(self.backbone)
+
+    def projector_width_behind(self, features: int) -> int | None:
+        """Units of the projector's layers behind that many features; None without a projector.
+
+        Raises:
+            EtfzooError: a projector of frozen ETFs of another width than the features.
+        """
+        if not self.projector_layers or self.projector_width is None:
+            return features if self.projector_layers else None
+        if self.projector_kind == "etf" and self.projector_width != features:
+            raise EtfzooError(
+                f"the etf projector keeps the width of the features, {features}: leave out "
+                "`projector_width`"
+            )
+        return self.projector_width
 
     @property
     def labels(self) -> tuple[str, ...]:

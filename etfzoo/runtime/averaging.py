@@ -31,7 +31,8 @@ class WeightAverage:
             self.model = ImageClassifier(model.spec)
         weights.assign(self.model.variables, weights.as_arrays(model.variables))
         trained = {v.path: v for v in model.variables}
-        self._pairs = [(v, trained[v.path]) for v in self.model.variables]
+        # Whole numbers, such as the state of dropout's draws, have no average.
+        self._pairs = [(v, trained[v.path]) for v in self.model.variables if "float" in v.dtype]
 
     def rate(self, step):
         """1 - d_t, float32.

@@ -192,4 +192,4 @@ def decayed(variable: keras.Variable, everything: bool = False) -> bool:
     A rule on names rather than a setting of the optimizer, because Keras's
     `exclude_from_weight_decay` does not survive saving.
     """
-    return variable.trainable and (everything or variable.path.rsplit("/", 1)[-1] == "kernel")
+    return variable.trainable and (everything or variable.path.endswith("kernel"))

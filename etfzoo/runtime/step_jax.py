@@ -121,6 +121,8 @@ class Stepper(BaseStepper):
                 rate = self.average.rate(self.optimizer.iterations)
             averages = [
                 a + ops.cast(rate, a.dtype) * (w - a)
+                if jnp.issubdtype(a.dtype, jnp.floating)
+                else a
                 for a, w in zip(averages, [*trainable, *others], strict=True)
             ]
         right = ops.argmax(logits, axis=-1) == losses.label_classes(labels)

@@ -1,5 +1,6 @@
 """One training and one evaluation step on TensorFlow, for any tf.distribute strategy."""
 
+import keras
 import tensorflow as tf
 from keras import ops
 
@@ -228,7 +229,9 @@ def feature_step(model, strategy=None):
 def synchronize(model, value: bool) -> None:
     """Switches statistics over all replicas on or off in every layer that can; before tracing."""
     for layer in model.layers:
-        if hasattr(layer, "synchronized"):
+        if isinstance(layer, keras.Model):
+            synchronize(layer, value)
+        elif hasattr(layer, "synchronized"):
             layer.synchronized = value
 
 

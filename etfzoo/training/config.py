@@ -15,6 +15,7 @@ from etfzoo.errors import EtfzooError, first_line, shown
 from etfzoo.models.spec import check_projector
 from etfzoo.models.table import (
     BACKBONES,
+    CUSTOM,
     FEATURE_NORMS,
     FRAMES,
     HEADS,
@@ -23,6 +24,7 @@ from etfzoo.models.table import (
     PROJECTOR_KINDS,
     PROJECTOR_LAYERS,
     PROJECTOR_WIDTH,
+    check_backbone,
 )
 from etfzoo.runtime.strategies import STRATEGIES
 from etfzoo.training.protocols import PROTOCOLS
@@ -57,7 +59,12 @@ class TrainConfig:
     init: str | None = setting(
         "Model", None, "handle of the model that is fine-tuned; none trains from scratch"
     )
-    backbone: str = setting("Model", "rn50", "rn18, rn34, rn50 or rn101", choices=BACKBONES)
+    backbone: str = setting(
+        "Model",
+        "rn50",
+        "rn18, rn34, rn50 or rn101; or keras:NAME of keras.applications, e.g. keras:EfficientNetB0 "
+        "or keras:ConvNeXtTiny",
+    )
     head: str = setting("Model", "etf", "etf (fixed) or linear (trainable)", choices=HEADS)
     keep_head: bool = setting(
         "Model", False, "go on with the head of the pretrained model, for the same classes"
@@ -352,6 +359,18 @@ class TrainConfig:
         if self.warmup_epochs > self.epochs:
             raise EtfzooError(
                 f"warmup_epochs must be between 0 and {self.epochs}; got {self.warmup_epochs}"
+            )
+        check_backbone(self.backbone, self.norm)
+        if self.init is None and self.backbone == CUSTOM:
+            raise EtfzooError(
+                f"{CUSTOM} is the backbone of a Keras model that `etfzoo.build_classifier` was "
+                "given: it can be fine-tuned only"
+            )
+        drawn = self.initializer != "glorot_uniform" or self.zero_gamma
+        if self.init is None and self.backbone not in BACKBONES and drawn:
+            raise EtfzooError(
+                f"`initializer=he_fan_out` and `zero_gamma` are for {', '.join(BACKBONES)}: with "
+                f"{self.backbone} pass `initializer=glorot_uniform` and `zero_gamma=False`"
             )
         if self.init is not None and (self.initializer != "glorot_uniform" or self.zero_gamma):
             raise EtfzooError(

@@ -190,7 +190,7 @@ def _strip_local_folders(command):
 def _check_name_fits(name, spec, backbone, method):
     fits = {"etf": spec.norm == "bn", "sw": spec.norm == "sw", "linear": spec.norm == "bn"}
     fixed = spec.head == "etf"
-    if backbone != spec.backbone or not fits[method] or (fixed and method != "etf"):
+    if backbone != spec.short_name or not fits[method] or (fixed and method != "etf"):
         raise EtfzooError(
             f"{name} is no name for this model: it is a {spec.backbone} with {spec.norm} and the "
             f"{spec.head} head (etf and sw may have got a linear head by fine-tuning)"

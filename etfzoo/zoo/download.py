@@ -38,7 +38,7 @@ def join(base: str, name: str) -> str:
 
 
 def fetch_bytes(url: str, limit: int) -> bytes:
-    """The content of a small file.
+    """The content of a file, which is held in memory and not resumed.
 
     Args:
         url: its address.
@@ -50,14 +50,14 @@ def fetch_bytes(url: str, limit: int) -> bytes:
     deadline = time.monotonic() + time_limit(limit)
 
     def attempt():
-        content = b""
+        content = bytearray()
         with contextlib.closing(_received(url, 0, deadline)) as received:
             next(received)
             for chunk in received:
                 content += chunk
                 if len(content) > limit:
                     raise WrongContent(f"{url} is larger than {limit} bytes: refused")
-        return content
+        return bytes(content)
 
     return _attempts(url, attempt, lambda: 0)
 

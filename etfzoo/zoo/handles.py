@@ -2,16 +2,16 @@
 
 A handle is one of
 
-- a name `<backbone>_<method>[.<tag>][@<version>]`, e.g. `rn101_etf.in1k@1`: a row of BACKBONES, a
-  row of METHODS, the training data, an integer;
+- a name `<backbone>_<method>[.<tag>][@<version>]`, e.g. `rn101_etf.in1k@1`: the short name of a
+  backbone, a row of METHODS, the training data, an integer;
 - the path of a version folder, of a model folder (its highest version counts) or of the workdir of
   a training run;
 - the address of a version folder (`https://`, `http://`, `gs://`, `hf://`), see `etfzoo.zoo.cache`.
 
 A name is looked up in the cache (`ETFZOO_HOME`), then in `saved_models/` of a source checkout,
 each laid out as `<name>/<version>/` (see `etfzoo.publish`), and then in the index
-(`etfzoo.zoo.index`), whose models are downloaded into the cache. What is here is taken; `name@2`
-asks for version 2.
+(`etfzoo.zoo.index`), whose models are downloaded into the cache, and among the files of Keras's
+(`etfzoo.zoo.keras_weights`). What is here is taken; `name@2` asks for version 2.
 
 Version folders are compared with their list of files before anything is read from them (those of
 the index with the hashes in there); only folders that are older than that list are taken as they
@@ -27,10 +27,10 @@ from pathlib import Path
 from etfzoo import files
 from etfzoo.errors import EtfzooError, unknown
 from etfzoo.models.spec import ClassifierSpec
-from etfzoo.models.table import METHODS, VERSION
+from etfzoo.models.table import METHODS, VERSION, by_short_name
 from etfzoo.progress import notify
 from etfzoo.workdir import Workdir
-from etfzoo.zoo import cache, card, index, manifest
+from etfzoo.zoo import cache, card, index, keras_weights, manifest
 from etfzoo.zoo.metadata import read_metadata, version_folders
 
 _PACKAGE = Path(__file__).absolute().parents[1]
@@ -64,7 +64,7 @@ def spec(name_or_path) -> ClassifierSpec:
 
 
 def list_models(filter: str = "*") -> list[str]:
-    """Sorted names of the models that are here or in the index.
+    """Sorted names of the models that are here, in the index, or files of Keras's.
 
     Args:
         filter: shell pattern, e.g. `"rn50_*"`.
@@ -74,7 +74,8 @@ def list_models(filter: str = "*") -> list[str]:
         >>> etfzoo.list_models("rn50_*.in1k")
         ['rn50_etf.in1k', 'rn50_linear.in1k', 'rn50_sw.in1k']
     """
-    return sorted(fnmatch.filter({*_local_names(), *index.read().models}, filter))
+    names = {*_local_names(), *index.read().models, *keras_weights.NETWORKS}
+    return sorted(fnmatch.filter(names, filter))
 
 
 def info(name_or_path) -> dict:
@@ -122,6 +123,20 @@ def info(name_or_path) -> dict:
             "created": metadata.get("created"),
             "card": card.read(source.folder),
         }
+    elif source.is_keras:
+        made = {"title": "ImageNet-1k weights of keras.applications, converted when loaded"}
+        found |= {
+            "path": None,
+            "size_bytes": None,
+            "published": True,
+            "dataset": "ImageNet-1k",
+            "command": None,
+            "provenance": made | {"dataset": "ImageNet-1k"},
+            "metrics": {},
+            "licence": keras_weights.LICENCE,
+            "created": None,
+            "card": None,
+        }
     else:
         row, version = source.row, source.row.versions.get(source.version)
         found |= {
@@ -146,7 +161,7 @@ def info(name_or_path) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a handle leads: exactly one of folder, workdir and row is set."""
+    """Where a handle leads: one of folder, workdir and row is set, or none: Keras has it."""
 
     name: str
     version: int | None = None
@@ -158,13 +173,20 @@ class Source:
     def __str__(self):
         return str(self.folder or self.workdir or self.name)
 
+    @property
+    def is_keras(self) -> bool:
+        """Whether its weights are a file of Keras's, see `etfzoo.zoo.keras_weights`."""
+        return self.folder is None and self.workdir is None and self.row is None
+
     def spec(self) -> ClassifierSpec:
         if self.folder is not None:
             return read_metadata(self.folder)["spec"]
+        if self.is_keras:
+            return keras_weights.spec(self.name)
         backbone, method = self.name.split(".")[0].split("_")
         head, norm = METHODS[method]
         return ClassifierSpec(
-            backbone,
+            by_short_name()[backbone],
             self.row.num_classes,
             head=self.row.head or head,
             norm=norm,
@@ -251,6 +273,8 @@ def _find_name(text) -> Source:
         if row:
             chosen = version or max(published, default=None)
             return Source(full, chosen, row=row, bare=bare)
+    if name in keras_weights.NETWORKS and version is None:
+        return Source(name)
     raise unknown("model", name, {*list_models(), *known.defaults})
 
 

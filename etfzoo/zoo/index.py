@@ -27,7 +27,14 @@ from urllib.parse import urlsplit
 
 from etfzoo import files, locks
 from etfzoo.errors import EtfzooError, first_line
-from etfzoo.models.table import BACKBONES, MAX_VERSION, METHODS, VERSION
+from etfzoo.models.table import (
+    BACKBONES,
+    CUSTOM,
+    MAX_VERSION,
+    METHODS,
+    VERSION,
+    by_short_name,
+)
 from etfzoo.zoo import manifest, transport
 
 FORMAT = 2
@@ -158,10 +165,11 @@ def check_name(name: str) -> tuple[str, str, str]:
         EtfzooError: it is none.
     """
     match = _NAME.fullmatch(name)
-    if not match or match[1] not in BACKBONES or match[2] not in METHODS:
+    if not match or match[1] not in by_short_name() or match[2] not in METHODS:
         raise EtfzooError(
             f"{name[:200]!r} is no name for a model: it must be <backbone>_<method>.<tag>, the "
-            f"backbone {', '.join(BACKBONES)}, the method {', '.join(METHODS)}"
+            f"backbone {', '.join(BACKBONES)}, a network of keras.applications in small letters or "
+            f"{CUSTOM}, the method {', '.join(METHODS)}"
         )
     return match[1], match[2], match[3]
 

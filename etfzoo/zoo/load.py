@@ -5,11 +5,11 @@ import dataclasses
 import keras
 
 from etfzoo.errors import EtfzooError, first_line
-from etfzoo.models import checkpoint, classifier, weights
+from etfzoo.models import checkpoint, classifier, custom, weights
 from etfzoo.models.classifier import ImageClassifier
 from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.progress import notify
-from etfzoo.zoo import index, publish, verify
+from etfzoo.zoo import index, keras_weights, publish, verify
 from etfzoo.zoo.handles import fetched, find, has_address
 from etfzoo.zoo.metadata import read_metadata
 
@@ -67,6 +67,9 @@ def load(
     model = None
     if source.workdir is not None:
         model = checkpoint.load_model(source.workdir)
+        spec = model.spec
+    elif source.is_keras:
+        model = keras_weights.load(source.name, load_weights)
         spec = model.spec
     else:
         spec = source.spec()
@@ -133,6 +136,11 @@ def _check_sizes(spec, shapes, source):
             f"the weights of {source} do not fit the model: {kernel[-1:]} classes instead of "
             f"{spec.num_classes}"
         )
+    if spec.network is not None:
+        try:
+            custom.check_shapes(spec.network, shapes)
+        except EtfzooError as error:
+            raise EtfzooError(f"the weights of {source} do not fit the model: {error}") from error
     if not spec.projector_layers or spec.projector_kind == "etf":  # which has no weights
         return
     units = shapes.get("projector1_dense/kernel", ())[-1:]

@@ -146,36 +146,38 @@ class _Inference:
         network = feature_model(model, tuple(model.taps))
         folded = folding.fold_batch_norm(network)
         self._stored = stored
-        self._paths = [v.path for v in folded.variables]
+        # The states of dropout's random numbers are no weights, and nothing reads them here.
+        self._paths = [v.path for v in folded.weights]
 
         def derive():
-            floats = {path: _read(v, tf.float32) for path, v in stored.items()}
+            floats = {p: _read(v, tf.float32) for p, v in stored.items() if v.dtype.is_floating}
             weights = folding.folded_weights(network, floats)
             return [weights[path] for path in self._paths]
 
         def run(images, *weights):
             weights = dict(zip(self._paths, weights, strict=True))
+            fixed = folded.non_trainable_variables
             outputs, _ = folded.stateless_call(
                 [weights[v.path] for v in folded.trainable_variables],
-                [weights[v.path] for v in folded.non_trainable_variables],
+                [weights.get(v.path, tf.zeros(v.shape, v.dtype)) for v in fixed],
                 images,
                 training=False,
             )
             return outputs
 
         # Concrete, so that each graph is written once however many others call it.
-        shapes = {v.path: v.shape for v in folded.variables}
+        shapes = {v.path: v.shape for v in folded.weights}
         weights_spec = [tf.TensorSpec(shape, tf.float32) for shape in shapes.values()]
         self._run = tf.function(run, autograph=False).get_concrete_function(
             _images_spec(spec), *weights_spec
         )
         self._derive = tf.function(derive, autograph=False).get_concrete_function()
-        # Layers that were given a bias, and what is not stored as float32.
-        biased = {path.removesuffix("/bias") for path in self._paths if path not in stored}
+        # Layers with a norm folded in, and what is not stored as float32.
+        linear = {layer.name for layer in folding.norms_by_layer(network)}
         derived = [
             path
             for path in self._paths
-            if path.rpartition("/")[0] in biased or stored[path].dtype != tf.float32
+            if path.rpartition("/")[0] in linear or stored[path].dtype != tf.float32
         ]
         self._derived = {p: internals.variable_without_value(shapes[p]) for p in derived}
         self.tracked = [internals.run_on_load(self._initialize), *self._derived.values()]

@@ -72,6 +72,9 @@ RUN_BY = {
     "python -c 'import etfzoo; print(etfzoo.data.class_names(*": (
         "tests/doctests_test.py::test_the_python_of_the_page_about_keras"
     ),
+    "python recipes/pretrain.py --dataset=shapes/source --backbone=keras:EfficientNetB0 *": (
+        "tests/cli/keras_backbones_test.py::test_from_pretraining_to_serving"
+    ),
     "python docs/notebooks/etf_layer.py": "tests/notebooks_test.py::test_it_runs",
     "jupytext --to ipynb docs/notebooks/etf_layer.py": "tests/notebooks_test.py::test_jupyter",
     "python -m etfzoo.training --config=FILE": (

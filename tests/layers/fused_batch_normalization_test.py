@@ -470,9 +470,12 @@ def test_stock_heads(feature_norm, dtype, tmp_path):
 def test_models_without_a_stock_copy():
     inputs = keras.Input((32, 32, 3))
     small = keras.Sequential([inputs, keras.layers.Flatten()], name="small")
+    fused = keras.Sequential([inputs, FusedBatchNormalization()], name="fused")
     for network, message in (
-        (keras.Model(inputs, small(inputs), name="big"), "big has the model small among its"),
+        (keras.Model(inputs, fused(inputs), name="big"), "big has the model fused among its"),
         (small, "small is not a functional model of one input"),
     ):
         with pytest.raises(EtfzooError, match=message):
             backbones.stock(network)
+    stock = backbones.stock(keras.Model(inputs, small(inputs)))  # Keras's own layers already
+    assert stock.get_layer("small") is not small and stock.output_shape == (None, 3072)

@@ -325,7 +325,7 @@ def test_default_scale():
     "change, message",
     [
         ({"backbone": "rn_50"}, "unknown backbone 'rn_50'; did you mean .*rn50"),
-        ({"backbone": "vit"}, "unknown backbone 'vit'; known: rn101, rn18, rn34, rn50"),
+        ({"backbone": "vit"}, "unknown backbone 'vit'; known: keras:NAME, rn101, rn18, rn34, rn50"),
         ({"head": "liner"}, "unknown head 'liner'; did you mean linear"),
         ({"norm": "bnn"}, "unknown norm 'bnn'; did you mean bn"),
         ({"feature_norm": "l3"}, "unknown feature_norm 'l3'; did you mean .*l2"),

@@ -29,7 +29,8 @@ def main():
     from etfzoo import files
     from etfzoo.experiments import figures
     from etfzoo.measure.features import extract
-    from etfzoo.models.classifier import replace_head
+    from etfzoo.models.classifier import with_fresh_head
+    from etfzoo.zoo.load import read
 
     if not FLAGS.models:
         raise etfzoo.EtfzooError("say which models with --models=A,B,... (workdirs, names)")
@@ -55,7 +56,7 @@ def main():
         )
         model = etfzoo.load(workdir)
         kept = {"input_shape": model.spec.input_shape, "crop": model.spec.crop}
-        frozen = replace_head(etfzoo.load(config.init), None, None, **kept)
+        frozen = with_fresh_head(read(config.init), None, None, **kept)
         for row, network in (("fine-tuned", model), ("frozen", frozen)):
             features = extract(network, source, FLAGS.split, FLAGS.batch_size or 128)
             rows[row][name] = c = figures.Covariance.of(*features)

@@ -19,6 +19,7 @@ from etfzoo import files
 from etfzoo.errors import EtfzooError, TrainingDiverged, first_line
 from etfzoo.models import weights
 from etfzoo.models.spec import ClassifierSpec
+from etfzoo.models.weights import StoredModel
 from etfzoo.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -211,14 +212,24 @@ def load_model(workdir, best: bool = False) -> "ImageClassifier":
     """
     from etfzoo.models.classifier import ImageClassifier
 
+    stored = read_model(workdir, best)
+    model = ImageClassifier(stored.spec)
+    weights.assign(model.variables, stored.arrays, stored.what)
+    return model
+
+
+def read_model(workdir, best: bool = False) -> StoredModel:
+    """What `load_model` builds a network of.
+
+    Raises:
+        EtfzooError: no checkpoint there, or none that can be read.
+    """
     manager = CheckpointManager(workdir)
     found = latest([manager.best] if best else manager.paths())
     if found is None:
         raise EtfzooError(f"no checkpoint in {workdir}; train into it first")
     _, arrays, _ = found
-    model = ImageClassifier(_spec(found))
-    weights.assign(model.variables, _part(arrays, _MODEL), "the checkpoint's weights")
-    return model
+    return StoredModel(_spec(found), _part(arrays, _MODEL), "the checkpoint's weights")
 
 
 def read_spec(workdir) -> ClassifierSpec:

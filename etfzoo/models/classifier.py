@@ -275,11 +275,17 @@ def replace_head(
         >>> flowers.spec.head, flowers.output_shape
         ('linear', (None, 102))
     """
+    return with_fresh_head(weights.StoredModel.of(model), num_classes, head, **changes)
+
+
+def with_fresh_head(
+    stored: weights.StoredModel, num_classes: int | None, head: str | None, **changes
+) -> ImageClassifier:
+    """`replace_head` of a model that was read only."""
     defaults: dict = {"class_names": None, "class_descriptions": None}
     changes = defaults | HEAD_FIELDS | changes | {"num_classes": num_classes, "head": head}
-    spec = dataclasses.replace(model.spec, **changes)
-    fresh = ImageClassifier(spec)
-    weights.assign(fresh.variables, weights.as_arrays(model.variables), skip=is_head_variable)
+    fresh = ImageClassifier(dataclasses.replace(stored.spec, **changes))
+    weights.assign(fresh.variables, stored.arrays, stored.what, skip=is_head_variable)
     return fresh
 
 

@@ -1,8 +1,32 @@
 """Weights as plain NumPy arrays by variable path, and their strict assignment."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import numpy as np
 
 from etfzoo.errors import EtfzooError
+from etfzoo.models.spec import ClassifierSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A classifier that was read, before any network is built of it, which draws random numbers.
+
+    Attributes:
+        spec: what it is.
+        arrays: its weights by path of the variable.
+        what: whose weights they are, for errors.
+    """
+
+    spec: ClassifierSpec
+    arrays: Mapping[str, np.ndarray]
+    what: str = "weights"
+
+    @classmethod
+    def of(cls, model) -> "StoredModel":
+        """That of an ImageClassifier."""
+        return cls(model.spec, as_arrays(model.variables))
 
 
 def as_arrays(variables) -> dict[str, np.ndarray]:

@@ -15,13 +15,14 @@ from etfzoo.data.source import Source
 from etfzoo.errors import EtfzooError
 from etfzoo.measure import classes
 from etfzoo.models import initialization, weights
-from etfzoo.models.classifier import ImageClassifier, build_classifier, replace_head
+from etfzoo.models.classifier import ImageClassifier, build_classifier, with_fresh_head
 from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.runtime import backend, losses
 from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
-from etfzoo.zoo.load import load
+from etfzoo.zoo import verify
+from etfzoo.zoo.load import read
 
 
 def policy(config: TrainConfig) -> str:
@@ -53,7 +54,7 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
     Args:
         config: the run.
         source: its data set, or what has its `num_classes` and `class_names`.
-        pretrained: gives the model of `config.init`; None loads it.
+        pretrained: gives the StoredModel of `config.init`; None reads it.
     """
     size = config.image_size
     if config.norm == "sw":
@@ -68,10 +69,10 @@ def make_model(config: TrainConfig, source: Source, pretrained=None) -> ImageCla
     }
     try:
         if config.init is not None:
-            start = pretrained() if pretrained else load(config.init)
+            start = pretrained() if pretrained else read(config.init)
             if config.keep_head:
                 return _with_its_head(start, source, config, common)
-            return replace_head(start, source.num_classes, config.head, **common)
+            return with_fresh_head(start, source.num_classes, config.head, **common)
         model = build_classifier(
             config.backbone,
             source.num_classes,
@@ -114,11 +115,12 @@ def _with_its_head(start, source, config, common) -> ImageClassifier:
         raise EtfzooError("the head that is kept is an ETF that stays as it is: leave out `guided`")
     kept = {name: common[name] for name in ("input_shape", "crop", "class_names", "dtype")}
     model = ImageClassifier(dataclasses.replace(start.spec, **kept, class_descriptions=None))
-    arrays = weights.as_arrays(start.variables)
+    arrays = dict(start.arrays)
     if moved:
         for path in ("logits/kernel", "logits/bias"):
             arrays[path] = arrays[path][..., order]
-    weights.assign(model.variables, arrays)
+    verify.check_kernel(model, arrays, start.what)
+    weights.assign(model.variables, arrays, start.what)
     return model
 
 

@@ -62,7 +62,7 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
     Args:
         config: what to train.
         workdir: directory of this run; a finished one is not trained again.
-        pretrained: gives the model of `config.init` where several runs share it; None loads it.
+        pretrained: gives the StoredModel of `config.init` where runs share one; None reads it.
 
     Returns:
         the metrics of the last epoch on the evaluation split, see `accuracy.summary`, with

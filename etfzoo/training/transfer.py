@@ -19,7 +19,7 @@ from etfzoo.runtime import backend, hardware
 from etfzoo.training import build, identity, loop, search
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
-from etfzoo.zoo.load import load
+from etfzoo.zoo.load import read
 
 with extra("train"):
     from sklearn.exceptions import ConvergenceWarning
@@ -68,7 +68,7 @@ def finetune(
     """
     if config.init is None:
         raise EtfzooError("fine-tuning needs a pretrained model")
-    pretrained = functools.cache(lambda: load(config.init))  # once for all candidates
+    pretrained = functools.cache(lambda: read(config.init))  # once for all candidates
     best = search.pick(config, workdir, learning_rates, weight_decays, widen, pretrained=pretrained)
     return loop.train_and_evaluate(best, workdir, pretrained)
 

@@ -8,6 +8,7 @@ from etfzoo.errors import EtfzooError, first_line
 from etfzoo.models import checkpoint, classifier, custom, weights
 from etfzoo.models.classifier import ImageClassifier
 from etfzoo.models.spec import HEAD_FIELDS
+from etfzoo.models.weights import StoredModel
 from etfzoo.progress import notify
 from etfzoo.zoo import index, keras_weights, publish, verify
 from etfzoo.zoo.handles import fetched, find, has_address
@@ -64,36 +65,54 @@ def load(
     source = find(name_or_path)
     if load_weights or has_address(source):  # with its files the spec is the exact one
         source = fetched(source)
-    model = None
-    if source.workdir is not None:
-        model = checkpoint.load_model(source.workdir)
-        spec = model.spec
-    elif source.is_keras:
-        model = keras_weights.load(source.name, load_weights)
-        spec = model.spec
-    else:
-        spec = source.spec()
-        if load_weights and source.folder is None:
-            raise _not_published(source)
-    target, fresh = _changed(spec, source, num_classes, head, input_shape, dtype)
+    stored = _read(source, load_weights)
+    target, fresh = _changed(stored.spec, source, num_classes, head, input_shape, dtype)
     if source.bare:
-        _say(source, spec)
-    if not load_weights:
-        return _build(target, source)
-    if model is None:
-        arrays = publish.Weights(source.folder)
-        _check_sizes(spec, arrays.shapes, source)
-        verify.check_weights(arrays, f"the weights of {source}")
-    elif target == spec and not fresh:
-        return model
-    else:
-        arrays = weights.as_arrays(model.variables)
+        _say(source, stored.spec)
     result = _build(target, source)
-    if not fresh:
-        verify.check_kernel(result, arrays, f"the weights of {source}")
-    skip = classifier.is_head_variable if fresh else lambda path: False
-    weights.assign(result.variables, arrays, f"the weights of {source}", skip)
+    if load_weights:
+        if not fresh:
+            verify.check_kernel(result, stored.arrays, stored.what)
+        skip = classifier.is_head_variable if fresh else lambda path: False
+        weights.assign(result.variables, stored.arrays, stored.what, skip)
     return result
+
+
+def read(name_or_path) -> StoredModel:
+    """What `load` builds a network of: the spec and the weights of a model.
+
+    Args:
+        name_or_path: as for `load`.
+
+    Raises:
+        EtfzooError: as `load`.
+    """
+    source = fetched(find(name_or_path))
+    stored = _read(source)
+    if source.bare:
+        _say(source, stored.spec)
+    return stored
+
+
+def _read(source, load_weights=True) -> StoredModel:
+    """The spec of a source, and its weights, which were checked; none without `load_weights`."""
+    what = f"the weights of {source}"
+    if source.is_keras:
+        model = keras_weights.load(source.name, load_weights)
+        return StoredModel(model.spec, weights.as_arrays(model.variables), what)
+    if source.workdir is not None:
+        if not load_weights:
+            return StoredModel(checkpoint.read_spec(source.workdir), {}, what)
+        return checkpoint.read_model(source.workdir)
+    spec = source.spec()
+    if not load_weights:
+        return StoredModel(spec, {}, what)
+    if source.folder is None:
+        raise _not_published(source)
+    arrays = publish.Weights(source.folder)
+    _check_sizes(spec, arrays.shapes, source)
+    verify.check_weights(arrays, what)
+    return StoredModel(spec, arrays, what)
 
 
 def _changed(spec, source, num_classes, head, input_shape, dtype):

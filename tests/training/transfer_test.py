@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -17,7 +18,7 @@ from etfzoo.measure.features import Features
 from etfzoo.models import checkpoint
 from etfzoo.training import transfer
 from etfzoo.training.config import TrainConfig
-from etfzoo.zoo.load import load
+from etfzoo.zoo.load import read
 
 pytestmark = pytest.mark.small_rn18
 
@@ -85,11 +86,11 @@ def test_probe_is_scikit_learns_logistic_regression(config, tmp_path):
 
 def test_search_compares_on_the_selection_split_and_trains_the_best(config, tmp_path, monkeypatch):
     """A candidate that diverges loses."""
-    loads = []
-    monkeypatch.setattr(transfer, "load", lambda handle: loads.append(handle) or load(handle))
+    reads = []
+    monkeypatch.setattr(transfer, "read", lambda handle: reads.append(handle) or read(handle))
     rates = (1e6, 1e-6, 0.05)
     result = transfer.finetune(config, tmp_path, learning_rates=rates, weight_decays=(0.0,))
-    assert loads == [config.init]  # for all of them and for the last
+    assert reads == [config.init]  # for all of them and for the last
     rows = json.loads((tmp_path / "selection.json").read_text())
     assert [row["learning_rate"] for row in rows] == list(rates)
     assert rows[0]["top1"] == -np.inf < rows[1]["top1"] != rows[2]["top1"]
@@ -101,6 +102,12 @@ def test_search_compares_on_the_selection_split_and_trains_the_best(config, tmp_
         )
         assert (trial.train_split, trial.eval_split) == ("fit", "select")
     assert result["examples"] == 1297
+    # Killed between the search and the last training, it starts from the same fresh head.
+    shutil.copytree(tmp_path / "select", tmp_path / "again" / "select")
+    again = transfer.finetune(
+        config, tmp_path / "again", learning_rates=rates, weight_decays=(0.0,)
+    )
+    assert again == result
 
 
 def test_probe_of_classes_without_training_examples(tmp_path):

@@ -225,8 +225,8 @@ def test_a_deterministic_run_leaves_xla_off(tmp_path, monkeypatch):
 def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
     started = {"init": "rn34_sw.mine", "initializer": "glorot_uniform", "zero_gamma": False}
     calls = spied_run(TrainConfig(**(CHANGED | started)), tmp_path, monkeypatch)
-    (given,) = calls["replace_head"]
-    assert given["model"] == "model rn34_sw.mine"
+    (given,) = calls["with_fresh_head"]
+    assert given["stored"] == "model rn34_sw.mine"
     assert (given["num_classes"], given["head"]) == (5, "linear")
     assert given["changes"] == {
         "feature_norm": "l2", "frame": "orthogonal", "scale": 3.5, "learn_scale": True,

@@ -38,8 +38,8 @@ def load(
     Args:
         dataset: a name of TFDS, which is downloaded if it has to be, or of the embedded sets
             (`"digits"`), `folder:PATH`: one subfolder of images a class, optionally below
-            `train`, `val` and `test`, or `csv:FILE`: a table with the columns `path`, `label` and
-            optionally `split`.
+            `train`, `val` and `test`, `csv:FILE`: a table with the columns `path`, `label` and
+            optionally `split`, or `hf:NAME`: a data set of the package `datasets`.
         split: `"train"`, `"test"`, `"fit"` and `"select"` (two parts of the training data, to pick
             settings by) or a split of the data set, e.g. `"train[:10%]"` of TFDS.
         model: gives the image size, and where it is a classifier of etfzoo the crop; then its

@@ -90,6 +90,9 @@ RUN_BY = {
     "python recipes/pretrain.py --dataset=csv:photos/labels.csv *": (
         "tests/data/csv_file_test.py::test_it_trains_and_is_evaluated"
     ),
+    "python recipes/pretrain.py --dataset=hf:*": (
+        "tests/data/hugging_face_test.py::test_it_trains_resumes_and_is_evaluated"
+    ),
     "python recipes/predict.py --model=*": "tests/zoo/serving_client_test.py::test_predict",
     "python recipes/export.py --model=rn18_etf *": "tests/zoo/export_test.py::test_recipe_in_int8",
     "python recipes/export.py --model=rn101_etf *": "tests/zoo/export_test.py::test_recipe",

@@ -11,8 +11,12 @@ entry without --url is for models that come with a checkout:
 
   python recipes/publish.py --workdir=runs/rn18 --name=rn18_etf.tiny100_64 --storage=float16 \\
     --index=etfzoo/zoo/index.json
+
+--push=hf://owner/repo uploads the version and its card to Hugging Face's hub, too; without
+--workdir and --model a version that was published before.
 """
 
+import os
 import shlex
 
 from etfzoo.cli import app, flags
@@ -23,27 +27,27 @@ from etfzoo.models.table import STORAGES
 def main():
     import etfzoo
     from etfzoo.training import publish_run
-    from etfzoo.zoo import index, manifest, publication
+    from etfzoo.zoo import index, push
 
-    if bool(FLAGS.workdir) == bool(FLAGS.model):
-        raise etfzoo.EtfzooError("say what to publish: --workdir=DIR or --model=HANDLE, not both")
     if not FLAGS.name:
         raise etfzoo.EtfzooError("say under which name, e.g. --name=rn18_etf.flowers")
     index.check_name(FLAGS.name)
-    folder = publish_run.publish_run(
-        FLAGS.workdir or FLAGS.model,
-        FLAGS.name,
-        FLAGS.models_dir,
-        FLAGS.version,
-        licence=FLAGS.licence,
-        intended_use=FLAGS.intended_use,
-        limits=FLAGS.limits,
-        storage=FLAGS.storage,
-        index_path=FLAGS.index,
-        url=FLAGS.url,
-        default=FLAGS.default,
-        data_dir=FLAGS.data_dir,
-    )
+    if FLAGS.push:
+        push.check_address(FLAGS.push)
+    again = FLAGS.push and not (FLAGS.workdir or FLAGS.model)
+    if not again and bool(FLAGS.workdir) == bool(FLAGS.model):
+        raise etfzoo.EtfzooError("say what to publish: --workdir=DIR or --model=HANDLE, not both")
+    folder = _there() if again else _publish(publish_run.publish_run)
+    if not again:
+        _tell(folder)
+    if FLAGS.push:
+        print(f"pushed: {push.push(folder, FLAGS.push, FLAGS.private)}")
+
+
+def _tell(folder):
+    """What was published, and what one does next."""
+    from etfzoo.zoo import manifest, publication
+
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
         f"published {folder} ({size / 1e6:.1f} MB); read back, its weights are the same bit for "
@@ -57,6 +61,38 @@ def main():
         print(f"address: {address}#sha256={pin}")
     code = f"import etfzoo; print(etfzoo.info({str(folder)!r}))"
     print(f"next: python -c {shlex.quote(code)}")
+
+
+def _publish(publish_run):
+    return publish_run(
+        FLAGS.workdir or FLAGS.model,
+        FLAGS.name,
+        FLAGS.models_dir,
+        FLAGS.version,
+        licence=FLAGS.licence,
+        intended_use=FLAGS.intended_use,
+        limits=FLAGS.limits,
+        storage=FLAGS.storage,
+        index_path=FLAGS.index,
+        url=FLAGS.url,
+        default=FLAGS.default,
+        data_dir=FLAGS.data_dir,
+    )
+
+
+def _there():
+    """The folder of a version that was published before, the highest where none is named."""
+    import etfzoo
+    from etfzoo.zoo.metadata import version_folders
+
+    folders = version_folders(os.path.join(FLAGS.models_dir, FLAGS.name))
+    version = FLAGS.version or max(folders, default=None)
+    if version not in folders:
+        raise etfzoo.EtfzooError(
+            f"{FLAGS.models_dir} has no published {FLAGS.name}{f'@{version}' if version else ''}: "
+            "publish it with --workdir=DIR or --model=HANDLE"
+        )
+    return folders[version]
 
 
 def run():
@@ -79,5 +115,9 @@ def run():
     flags.path("Files", "models_dir", "saved_models", "folder of the models")
     flags.path("Files", "index", None, "index file that gets an entry; made if needed")
     flags.string("Files", "url", None, "address under which models_dir will be found, with --index")
+    flags.string(
+        "Files", "push", None, "hf://owner/repo: a repository of the hub that gets it, too"
+    )
+    flags.boolean("Files", "private", False, "a repository that is made is private")
     flags.boolean("Files", "default", False, "the bare name means this model from now on")
     app.run(main, __doc__)

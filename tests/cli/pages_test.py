@@ -93,6 +93,10 @@ RUN_BY = {
     "python recipes/pretrain.py --dataset=hf:*": (
         "tests/data/hugging_face_test.py::test_it_trains_resumes_and_is_evaluated"
     ),
+    "python recipes/publish.py --name=rn18_etf.flowers --push=*": (
+        "tests/zoo/push_test.py::test_the_command"
+    ),
+    "pip install 'etfzoo[hf]'": "Makefile::'.[cpu,train,test]'",
     "python recipes/predict.py --model=*": "tests/zoo/serving_client_test.py::test_predict",
     "python recipes/export.py --model=rn18_etf *": "tests/zoo/export_test.py::test_recipe_in_int8",
     "python recipes/export.py --model=rn101_etf *": "tests/zoo/export_test.py::test_recipe",
@@ -113,6 +117,7 @@ HOURS = "hours of training on photographs that have to be downloaded"
 DOWNLOAD = "a download of hundreds of megabytes"
 MEASURED = "minutes to hours of measuring on a quiet machine"
 NOT_RUN = {
+    "hf auth login": "an account at Hugging Face",
     "python recipes/pretrain.py --head=etf": IMAGENET,
     "python recipes/pretrain.py --dataset=imagenet2012 --data_dir=indexed": IMAGENET,
     "etfzoo pretrain --head=etf": IMAGENET,

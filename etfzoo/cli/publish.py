@@ -29,14 +29,14 @@ def main():
     from etfzoo.training import publish_run
     from etfzoo.zoo import index, push
 
+    again = FLAGS.push and not (FLAGS.workdir or FLAGS.model)
+    if not again and bool(FLAGS.workdir) == bool(FLAGS.model):
+        raise etfzoo.EtfzooError("say what to publish: --workdir=DIR or --model=HANDLE, not both")
     if not FLAGS.name:
         raise etfzoo.EtfzooError("say under which name, e.g. --name=rn18_etf.flowers")
     index.check_name(FLAGS.name)
     if FLAGS.push:
         push.check_address(FLAGS.push)
-    again = FLAGS.push and not (FLAGS.workdir or FLAGS.model)
-    if not again and bool(FLAGS.workdir) == bool(FLAGS.model):
-        raise etfzoo.EtfzooError("say what to publish: --workdir=DIR or --model=HANDLE, not both")
     folder = _there() if again else _publish(publish_run.publish_run)
     if not again:
         _tell(folder)

@@ -58,8 +58,8 @@ def push(folder, address: str, private: bool = False) -> str:
             in the repository, or what the hub refuses.
     """
     repository, folder = check_address(address), Path(folder)
-    import huggingface_hub
-
+    with extra("hf"):
+        import huggingface_hub
     manifest.verify(folder)
     version, name = folder.name, folder.parent.name
     listing = f"{version}/{manifest.NAME}"
@@ -96,8 +96,8 @@ def hub_card(name: str, version, metadata: dict) -> str:
     Args:
         name, version, metadata: see `etfzoo.zoo.card.text`.
     """
-    from huggingface_hub import EvalResult, ModelCardData
-
+    with extra("hf"):
+        from huggingface_hub import EvalResult, ModelCardData
     made, metrics = metadata.get("provenance") or {}, metadata.get("metrics") or {}
     dataset = str(made.get("dataset") or "unknown")
     task = "image-feature-extraction" if metadata["spec"].head is None else "image-classification"

@@ -76,12 +76,29 @@ class TrainConfig(
                 "keep_head goes on with the head of a pretrained model: there is none"
             )
         check_projector(self.projector_layers, self.projector_width, self.projector_kind)
-        if self.entropy_weight and self.batch_size < 2:
-            raise EtfzooError("entropy_weight asks for neighbours: give `batch_size=2` or more")
+        if self.entropy_weight and self.batch_size // self.accumulate_steps < 2:
+            raise EtfzooError(
+                "entropy_weight asks for neighbours: give "
+                f"`batch_size={2 * self.accumulate_steps}` or more"
+            )
         if self.loss != "cross_entropy" and (self.label_smoothing or self.logit_adjustment):
             raise EtfzooError(
                 "label_smoothing and logit_adjustment belong to the cross-entropy: set them to 0 "
                 f"with `loss={self.loss}`"
+            )
+        if self.optimizer != "sgd" and (self.momentum != 0.9 or self.nesterov):
+            raise EtfzooError(
+                "momentum and nesterov are of SGD: leave them out, or pass `momentum=0.9` and "
+                f"`nesterov=False`, with `optimizer={self.optimizer}`"
+            )
+        if self.batch_size % self.accumulate_steps:
+            raise EtfzooError(
+                f"`accumulate_steps={self.accumulate_steps}` does not divide "
+                f"`batch_size={self.batch_size}`"
+            )
+        if self.class_weights and self.class_balance:
+            raise EtfzooError(
+                "class_weights and class_balance both weigh the classes: leave one of them out"
             )
         if self.jit_compile and self.deterministic:
             raise EtfzooError(

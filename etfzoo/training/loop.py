@@ -34,7 +34,6 @@ from etfzoo.runtime.strategy import (
 from etfzoo.training import identity
 from etfzoo.training.build import (
     make_loss,
-    make_optimizer,
     make_pipeline,
     make_stepper,
     mixing,
@@ -42,6 +41,7 @@ from etfzoo.training.build import (
 )
 from etfzoo.training.config import TrainConfig
 from etfzoo.training.guidance import Guide
+from etfzoo.training.optimizers import make_optimizer
 from etfzoo.workdir import Workdir, is_number
 
 with extra("train"):
@@ -85,7 +85,7 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
     # First of all what can fail without cost: the device, the workdir, the data, the model.
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     with exit_if_worker_lost(strategy):
-        check_batch_size(config.batch_size, strategy)
+        check_batch_size(config.batch_size, strategy, config.accumulate_steps)
         mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
         workdir = Workdir(workdir)
         with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
@@ -155,6 +155,9 @@ class Trainer:
             # The process may have died between its last checkpoint and the log files.
             if self.chief:
                 self._write_logs()
+                best = self._best_row()
+                if best and best["epoch"] == self.state["epoch"] and self.state["step"] == 0:
+                    self.checkpoints.mark_best(best["step"])
         start = {name: self.state[name] for name in ("epoch", "step", "totals")}
         check_agreement(self.strategy, start | {"steps an epoch": self.steps})
         self.writer = tf.summary.create_noop_writer()
@@ -163,16 +166,32 @@ class Trainer:
                 self.writer = tf.summary.create_file_writer(str(self.workdir.tensorboard))
         with StopRequest() as stop:
             try:
-                while self.state["epoch"] < self.config.epochs:
+                while not self._ended():
                     self._epoch(stop)
             except TrainingDiverged as error:
                 raise self._diverged(error) from error
         result = self.state["history"][-1]
+        if self.config.early_stopping:
+            result = self._best_row() | {"stopped_after": self.state["epoch"]}
         if self.chief:
             self.workdir.write_result(result)
         # Whoever leaves first ends the others.
         wait_for_all(self.strategy)
         return result
+
+    def _best_row(self) -> dict | None:
+        """The epoch with the best top1, of equal ones the first; None before any is evaluated."""
+        rows = [row for row in self.state["history"] if "top1" in row]
+        return max(rows, key=lambda row: row["top1"], default=None)
+
+    def _ended(self) -> bool:
+        """Whether all epochs are done, or `early_stopping` of them brought nothing."""
+        epoch, patience = self.state["epoch"], self.config.early_stopping
+        if epoch >= self.config.epochs:
+            return True
+        if not patience or not epoch or "top1" not in self.state["history"][-1]:
+            return False
+        return epoch - self._best_row()["epoch"] >= patience
 
     def _check_state(self, path, state):
         """Raises EtfzooError where a checkpoint's state cannot be one of this run."""

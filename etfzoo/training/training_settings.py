@@ -3,9 +3,11 @@
 import dataclasses
 
 from etfzoo.data.augmentation import MAX_MAGNITUDE
+from etfzoo.models.table import PARTS
 from etfzoo.training.protocols import PROTOCOLS
 from etfzoo.training.settings import MOST_IMAGES, SEEDS, setting
 
+OPTIMIZERS = ("sgd", "adamw", "lamb")
 LEARNING_RATE_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
@@ -47,8 +49,46 @@ class TrainingSettings:
     step_factor: float = setting(
         "Training", 0.1, "what the step schedule multiplies by", low=0, high=1
     )
+    optimizer: str = setting("Training", "sgd", "sgd, adamw or lamb", choices=OPTIMIZERS)
+    layer_decay: float = setting(
+        "Training",
+        1.0,
+        "learning rate of each stage by that of the one after it: 1 in the head, in stage4 this, "
+        "in the stem this to the power of 5; of other backbones the whole has this",
+        low=0,
+        high=1,
+    )
+    freeze: tuple[str, ...] = setting(
+        "Training",
+        (),
+        "parts that are not trained, their norms in inference mode: of stem, stage1 to stage4 and "
+        "backbone, of which backbones other than ResNets have the last only",
+        choices=PARTS,
+    )
+    early_stopping: int = setting(
+        "Training",
+        0,
+        "epochs without a better top1 on eval_split after which the run ends; its result are the "
+        "weights of the best epoch; 0 is off",
+        low=0,
+        high=10**6,
+    )
     momentum: float = setting("Training", 0.9, "of SGD", low=0, high=0.999999)
-    nesterov: bool = setting("Training", False, "Nesterov's momentum")
+    nesterov: bool = setting("Training", False, "Nesterov's momentum, of SGD")
+    clip_norm: float = setting(
+        "Training",
+        0.0,
+        "largest norm of the gradient of all weights, without weight decay; 0 is off",
+        low=0,
+        high=10**6,
+    )
+    accumulate_steps: int = setting(
+        "Training",
+        1,
+        "parts of a batch that a step takes one after the other, to save memory",
+        low=1,
+        high=MOST_IMAGES,
+    )
     seed: int = setting("Training", 0, "of weights, order, augmentation and the ETF", **SEEDS)
     eval_every: int = setting(
         "Training", 1, "epochs between evaluations; the last is always evaluated", low=1, high=10**6
@@ -69,12 +109,12 @@ class RegularisationSettings:
     weight_decay: float = setting(
         "Regularisation",
         2e-4,
-        "L2 added to the gradient before momentum, on kernels",
+        "on kernels: of sgd L2 added to the gradient before momentum, of adamw and lamb decoupled",
         low=0,
         high=1000,
     )
     decay_all: bool = setting(
-        "Regularisation", False, "L2 on biases, gamma, beta and the logits of sw too"
+        "Regularisation", False, "decay of biases, gamma, beta and the logits of sw too"
     )
     label_smoothing: float = setting(
         "Regularisation", 0.0, "share of the target spread over all classes", low=0, high=0.999999
@@ -135,8 +175,16 @@ class LossSettings:
     class_balance: float = setting(
         "Loss",
         0.0,
-        "beta of the weights (1 - beta) / (1 - beta^n) of classes of n examples, e.g. 0.9999; 0 is "
-        "off",
+        "beta of the weights (1 - beta) / (1 - beta^n) of classes of n examples, e.g. 0.9999; 1 "
+        "weighs them by 1/n, as what scikit-learn calls balanced; 0 is off",
         low=0,
-        high=0.9999999,
+        high=1,
+    )
+    class_weights: tuple[float, ...] = setting(
+        "Loss",
+        (),
+        "what the losses of each class are multiplied by, one number a class in the data set's "
+        "order; none weighs all the same",
+        low=0,
+        high=10**6,
     )

@@ -31,7 +31,7 @@ from etfzoo.runtime.strategy import (
     num_workers,
     wait_for_all,
 )
-from etfzoo.training import identity
+from etfzoo.training import ending, identity
 from etfzoo.training.build import (
     make_loss,
     make_pipeline,
@@ -155,7 +155,7 @@ class Trainer:
             # The process may have died between its last checkpoint and the log files.
             if self.chief:
                 self._write_logs()
-                best = self._best_row()
+                best = ending.best_epoch(self.state["history"])
                 if best and best["epoch"] == self.state["epoch"] and self.state["step"] == 0:
                     self.checkpoints.mark_best(best["step"])
         start = {name: self.state[name] for name in ("epoch", "step", "totals")}
@@ -166,32 +166,16 @@ class Trainer:
                 self.writer = tf.summary.create_file_writer(str(self.workdir.tensorboard))
         with StopRequest() as stop:
             try:
-                while not self._ended():
+                while not ending.ended(self.config, self.state["history"]):
                     self._epoch(stop)
             except TrainingDiverged as error:
                 raise self._diverged(error) from error
-        result = self.state["history"][-1]
-        if self.config.early_stopping:
-            result = self._best_row() | {"stopped_after": self.state["epoch"]}
+        result = ending.result(self.config, self.state["history"])
         if self.chief:
             self.workdir.write_result(result)
         # Whoever leaves first ends the others.
         wait_for_all(self.strategy)
         return result
-
-    def _best_row(self) -> dict | None:
-        """The epoch with the best top1, of equal ones the first; None before any is evaluated."""
-        rows = [row for row in self.state["history"] if "top1" in row]
-        return max(rows, key=lambda row: row["top1"], default=None)
-
-    def _ended(self) -> bool:
-        """Whether all epochs are done, or `early_stopping` of them brought nothing."""
-        epoch, patience = self.state["epoch"], self.config.early_stopping
-        if epoch >= self.config.epochs:
-            return True
-        if not patience or not epoch or "top1" not in self.state["history"][-1]:
-            return False
-        return epoch - self._best_row()["epoch"] >= patience
 
     def _check_state(self, path, state):
         """Raises EtfzooError where a checkpoint's state cannot be one of this run."""

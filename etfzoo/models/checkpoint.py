@@ -46,6 +46,9 @@ class CheckpointManager:
         self.keep = keep
         self.trained = trained
 
+    def _path(self, step) -> Path:
+        return self.directory / f"step-{step:010d}.npz"
+
     def paths(self) -> list[Path]:
         """Checkpoints by step, latest first; no file that only looks like one."""
         found = {step_of(path): path for path in self.directory.glob("step-*.npz")}
@@ -80,7 +83,7 @@ class CheckpointManager:
         for path, array in arrays.items():
             if not np.isfinite(array).all():
                 raise TrainingDiverged(f"weight {path.split('/', 1)[1]} is not finite")
-        path = self.directory / f"step-{step:010d}.npz"
+        path = self._path(step)
         if not write:
             return path
         slots = weights.as_arrays(optimizer.variables) if optimizer else {}
@@ -91,12 +94,14 @@ class CheckpointManager:
         with files.atomic(path) as file:
             np.savez(file, **arrays)
         if best:
-            self._link_best(path)
+            self.mark_best(step)
         for old in self.paths()[self.keep :]:
             old.unlink(missing_ok=True)
         return path
 
-    def _link_best(self, path):
+    def mark_best(self, step: int) -> None:
+        """Makes the checkpoint of a step `best.npz`."""
+        path = self._path(step)
         temporary = self.best.with_name(f".best.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
         try:
@@ -204,8 +209,13 @@ def read(path, only_state: bool = False) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, state
 
 
-def load_model(workdir, best: bool = False) -> "ImageClassifier":
-    """The classifier of a workdir, with the weights of its last (or best) checkpoint.
+def load_model(workdir, best: bool | None = None) -> "ImageClassifier":
+    """The classifier of a workdir, with the weights of its last or best checkpoint.
+
+    Args:
+        workdir: of the run.
+        best: which one; None is that of the run's result, which is the best one of a finished run
+            with `early_stopping`, and otherwise the last.
 
     Raises:
         EtfzooError: no checkpoint there, or none that can be read.
@@ -225,6 +235,8 @@ def read_model(workdir, best: bool = False) -> StoredModel:
         EtfzooError: no checkpoint there, or none that can be read.
     """
     manager = CheckpointManager(workdir)
+    if best is None:
+        best = "stopped_after" in (Workdir(workdir).usable_result() or {})
     found = latest([manager.best] if best else manager.paths())
     if found is None:
         raise EtfzooError(f"no checkpoint in {workdir}; train into it first")

@@ -13,6 +13,8 @@ INITIALIZERS = ("glorot_uniform", "he_fan_out")
 # The most hidden layers of a projector, and units of one.
 PROJECTOR_LAYERS, PROJECTOR_WIDTH = 3, 2**15
 PROJECTOR_KINDS = ("trained", "etf")
+# From images to features, and all of them together.
+PARTS = ("stem", "stage1", "stage2", "stage3", "stage4", "backbone")
 # The paper's three ways to pretrain: head and norm.
 METHODS = {"linear": ("linear", "bn"), "sw": ("linear", "sw"), "etf": ("etf", "bn")}
 

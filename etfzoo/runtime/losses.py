@@ -164,12 +164,14 @@ def balanced_weights(counts, beta: float) -> np.ndarray:
     Args:
         counts: examples of each class in the training split, `[K]`. A class without any counts as
             one example; no loss is weighed by it.
-        beta: from 0, where all classes weigh the same, to below 1, where they weigh nearly 1/n.
+        beta: from 0, where all classes weigh the same, to 1, where they weigh 1/n: the limit, and
+            the weights that scikit-learn's `compute_class_weight` calls balanced.
 
     Returns:
         float64 `[K]`, whose mean over the examples of the training split is 1.
     """
-    weights = 1 / (1 - beta ** np.maximum(counts, 1.0))
+    counted = np.maximum(counts, 1.0)
+    weights = 1 / (counted if beta == 1 else 1 - beta**counted)
     return weights / np.average(weights, weights=counts)
 
 

@@ -10,7 +10,7 @@ from keras import ops
 
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import losses
-from etfzoo.runtime.stepper import BaseStepper
+from etfzoo.runtime.stepper import BaseStepper, part
 from etfzoo.runtime.strategy import get_strategy
 
 _LARGE_VMEM = ("TPU v5 lite", "TPU v6 lite")  # chips with 128 MiB of vector memory
@@ -30,14 +30,16 @@ class Stepper(BaseStepper):
     """
 
     def _compile(self, jit_compile):
-        model, average = self.model, self.average
+        model, averages = self.model, []
+        if self.average is not None:  # in the order of the model, of which layers may be frozen
+            found = {v.path: v for v in self.average.model.variables}
+            both = (*model.trainable_variables, *model.non_trainable_variables)
+            averages = [found[v.path] for v in both]
         self._variables = (
             model.trainable_variables,
             model.non_trainable_variables,
             self.optimizer.variables,
-            [*average.model.trainable_variables, *average.model.non_trainable_variables]
-            if average
-            else [],
+            averages,
         )
         _check_float64(model)
         self._step = _compiled(self._pure_step, self.strategy, donate_argnums=0)
@@ -97,17 +99,13 @@ class Stepper(BaseStepper):
         with keras.StatelessScope(zip(self.optimizer.variables, slots, strict=True)):
             scale = self.optimizer.scale_loss(1.0)
 
-        def loss(trainable):
-            outputs, updated = self.network.stateless_call(trainable, others, images, training=True)
-            logits = outputs[0] if self.entropy_weight else outputs
-            per_example = self.loss(labels, logits)
-            minimised = per_example
-            if self.entropy_weight:
-                crowding = ops.cast(losses.crowding(outputs[1]), per_example.dtype)
-                minimised = per_example + self.entropy_weight * crowding
-            return scale * (ops.sum(minimised) / len(labels)), (updated, logits, per_example)
-
-        gradients, (others, logits, per_example) = jax.grad(loss, has_aux=True)(trainable)
+        if self.accumulate_steps == 1:
+            parts = self._gradients(trainable, others, scale, images, labels)
+        else:
+            parts = self._accumulated(trainable, others, scale, images, labels)
+        gradients, others, sums = parts
+        if self.clip_norm:
+            gradients = self._clipped(gradients, gradients, scale)
         if self.weight_decay:
             gradients = [
                 g + ops.cast(scale * self.weight_decay, g.dtype) * ops.cast(w, g.dtype)
@@ -125,10 +123,40 @@ class Stepper(BaseStepper):
                 else a
                 for a, w in zip(averages, [*trainable, *others], strict=True)
             ]
-        right = ops.argmax(logits, axis=-1) == losses.label_classes(labels)
-        sums = [ops.sum(per_example), ops.sum(right), len(labels), ops.sum(stop)]
         state = list(trainable), list(others), list(slots), averages
-        return state, jnp.stack([jnp.asarray(s, float) for s in sums])
+        return state, jnp.stack([jnp.asarray(s, float) for s in (*sums, ops.sum(stop))])
+
+    def _gradients(self, trainable, others, scale, images, labels):
+        """Gradients, the other variables afterwards, and sums of losses, hits and examples."""
+
+        def loss(trainable):
+            outputs, updated = self.network.stateless_call(trainable, others, images, training=True)
+            logits = outputs[0] if self.entropy_weight else outputs
+            per_example = self.loss(labels, logits)
+            minimised = per_example
+            if self.entropy_weight:
+                crowding = ops.cast(losses.crowding(outputs[1]), per_example.dtype)
+                minimised = per_example + self.entropy_weight * crowding
+            size = len(labels) * self.accumulate_steps
+            return scale * (ops.sum(minimised) / size), (updated, logits, per_example)
+
+        gradients, (others, logits, per_example) = jax.grad(loss, has_aux=True)(trainable)
+        right = ops.argmax(logits, axis=-1) == losses.label_classes(labels)
+        return gradients, others, [ops.sum(per_example), ops.sum(right), len(labels)]
+
+    def _accumulated(self, trainable, others, scale, images, labels):
+        """As `_gradients`, of the parts of a batch one after the other."""
+        count = self.accumulate_steps
+
+        def add(number, found):
+            gradients, others, sums = found
+            taken = part(images, number, count), part(labels, number, count)
+            more, others, further = self._gradients(trainable, others, scale, *taken)
+            gradients = [a + b for a, b in zip(gradients, more, strict=True)]
+            return gradients, others, [a + b for a, b in zip(sums, further, strict=True)]
+
+        nothing = [jnp.zeros_like(w) for w in trainable], others, [jnp.zeros(())] * 3
+        return jax.lax.fori_loop(0, count, add, nothing)
 
 
 def distribute(strategy, dataset_of):

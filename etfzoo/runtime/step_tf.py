@@ -8,7 +8,7 @@ from etfzoo.data.pipeline import InputShare
 from etfzoo.data.source import reading
 from etfzoo.errors import EtfzooError
 from etfzoo.runtime import losses
-from etfzoo.runtime.stepper import BaseStepper
+from etfzoo.runtime.stepper import BaseStepper, part
 
 
 class Stepper(BaseStepper):
@@ -35,9 +35,10 @@ class Stepper(BaseStepper):
             raise EtfzooError("jit_compile works with one replica only; leave it out")
         if jit_compile is None:
             jit_compile = not several and bool(tf.config.list_physical_devices("GPU"))
-        self._replica_step = self._replica_train
+        steps = (self._replica_train, self._replica_part, self._replica_apply)
         if jit_compile:
-            self._replica_step = tf.function(self._replica_train, jit_compile=True)
+            steps = (tf.function(step, jit_compile=True) for step in steps)
+        self._whole_step, self._part_step, self._apply_step = steps
         self._train = tf.function(self._distributed_train, reduce_retracing=True)
         return bool(jit_compile)
 
@@ -58,7 +59,10 @@ class Stepper(BaseStepper):
 
     def _distributed_train(self, batches, stop, steps):
         def one():
-            sums = self.strategy.run(self._replica_step, (*next(batches), stop))
+            if self.accumulate_steps == 1:
+                sums = self.strategy.run(self._whole_step, (*next(batches), stop))
+            else:
+                sums = self._accumulated(*next(batches), stop)
             if self.average is not None:
                 self.average.update(self.optimizer.iterations)
             return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
@@ -69,10 +73,29 @@ class Stepper(BaseStepper):
                 sums += one()
         return sums
 
+    def _accumulated(self, images, labels, stop):
+        """A step whose gradient is the sum of those of the parts of a batch."""
+        # A loop, so that the parts follow each other; outside of the replicas, as norms reduce.
+        gradients, sums = self.strategy.run(self._part_step, (images, labels, stop, 0))
+        for number in tf.range(1, self.accumulate_steps):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            further = self.strategy.run(self._part_step, (images, labels, stop, number))
+            gradients, sums = self.strategy.run(_added, ((gradients, sums), further))
+        self.strategy.run(self._apply_step, (gradients,))
+        return sums
+
+    def _replica_part(self, images, labels, stop, number):
+        count = self.accumulate_steps
+        return self._gradients(part(images, number, count), part(labels, number, count), stop)
+
     def _replica_train(self, images, labels, stop):
+        gradients, sums = self._gradients(images, labels, stop)
+        self._replica_apply(gradients)
+        return sums
+
+    def _gradients(self, images, labels, stop):
         replicas = self.strategy.num_replicas_in_sync
-        variables = self.model.trainable_variables
-        values = [v.value for v in variables]
+        values = [v.value for v in self.model.trainable_variables]
         with tf.GradientTape() as tape:
             outputs = self.network(images, training=True)
             logits = outputs[0] if self.entropy_weight else outputs
@@ -82,9 +105,24 @@ class Stepper(BaseStepper):
                 crowding = ops.cast(_crowding(outputs[1], replicas), per_example.dtype)
                 minimised = per_example + self.entropy_weight * crowding
             # Gradients are summed over replicas: divide by the global batch, not by this share.
-            size = ops.cast(ops.shape(labels)[0] * replicas, per_example.dtype)
+            shares = replicas * self.accumulate_steps
+            size = ops.cast(ops.shape(labels)[0] * shares, per_example.dtype)
             loss = self.optimizer.scale_loss(ops.sum(minimised) / size)
         gradients = tape.gradient(loss, values)
+        right = ops.argmax(logits, axis=-1) == ops.cast(losses.label_classes(labels), "int32")
+        sums = [ops.sum(per_example), ops.sum(ops.cast(right, "float32")), ops.shape(labels)[0]]
+        return gradients, tf.stack([tf.cast(s, tf.float64) for s in (*sums, stop)])
+
+    def _replica_apply(self, gradients):
+        replicas = self.strategy.num_replicas_in_sync
+        variables = self.model.trainable_variables
+        values = [v.value for v in variables]
+        if self.clip_norm:
+            whole = gradients
+            if replicas > 1:
+                context = tf.distribute.get_replica_context()
+                whole = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+            gradients = self._clipped(gradients, whole, self.optimizer.scale_loss(1.0))
         if self.weight_decay:
             share = self.optimizer.scale_loss(self.weight_decay / replicas)
             gradients = [
@@ -92,9 +130,10 @@ class Stepper(BaseStepper):
                 for g, w, decayed in zip(gradients, values, self._decayed, strict=True)
             ]
         self.optimizer.apply(gradients, variables)
-        right = ops.argmax(logits, axis=-1) == ops.cast(losses.label_classes(labels), "int32")
-        sums = [ops.sum(per_example), ops.sum(ops.cast(right, "float32")), ops.shape(labels)[0]]
-        return tf.stack([tf.cast(s, tf.float64) for s in (*sums, stop)])
+
+
+def _added(one, other):
+    return tf.nest.map_structure(tf.add, one, other)
 
 
 def _crowding(features, replicas):

@@ -90,13 +90,23 @@ def is_chief(strategy) -> bool:
     return resolver.task_id == 0
 
 
-def check_batch_size(batch_size: int, strategy) -> None:
-    """Raises EtfzooError when a global batch cannot be split evenly over the replicas."""
+def check_batch_size(batch_size: int, strategy, parts: int = 1) -> None:
+    """Raises EtfzooError when a global batch cannot be split evenly over the replicas.
+
+    Args:
+        batch_size, strategy: of the run.
+        parts: those in which a replica takes its share.
+    """
     replicas = strategy.num_replicas_in_sync
     if batch_size % replicas:
         raise EtfzooError(
             f"`batch_size={batch_size}` is the batch of all {replicas} replicas together and must "
             f"be a multiple of {replicas}"
+        )
+    if batch_size // replicas % parts:
+        raise EtfzooError(
+            f"`batch_size={batch_size}` gives {batch_size // replicas} images to each of "
+            f"{replicas} replicas, which `accumulate_steps={parts}` does not divide"
         )
 
 

@@ -16,9 +16,9 @@ from etfzoo.errors import EtfzooError
 from etfzoo.measure import classes
 from etfzoo.models import initialization, weights
 from etfzoo.models.classifier import ImageClassifier, build_classifier, with_fresh_head
+from etfzoo.models.parts import freeze
 from etfzoo.models.spec import HEAD_FIELDS
 from etfzoo.runtime import backend, losses
-from etfzoo.training import schedules
 from etfzoo.training.config import TrainConfig
 from etfzoo.workdir import Workdir
 from etfzoo.zoo import verify
@@ -43,6 +43,8 @@ def start_model(config: TrainConfig, source, strategy, pretrained=None) -> Image
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         model = make_model(config, source, pretrained)
+    if config.freeze:
+        freeze(model, config.freeze)
     if strategy.num_replicas_in_sync > 1:
         backend.synchronize(model, config.synchronize_norms)
     return model
@@ -175,28 +177,6 @@ def mixing(config: TrainConfig) -> Mixing:
     return Mixing(config.mixup, config.cutmix)
 
 
-def make_optimizer(config: TrainConfig, steps: int, model, strategy):
-    """SGD on the schedule of a configuration, built for a model.
-
-    Args:
-        config: the run.
-        steps: of an epoch.
-        model: the classifier.
-        strategy: see `etfzoo.runtime.strategy.get_strategy`.
-    """
-    with strategy.scope():
-        optimizer = keras.optimizers.SGD(
-            schedules.learning_rate(config, steps),
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            name="sgd",  # variable paths must not depend on what was built before
-        )
-        if config.mixed_precision == "float16":
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale")
-        optimizer.build(model.trainable_variables)
-    return optimizer
-
-
 def make_loss(config: TrainConfig, spec, source):
     """The training loss of a configuration, a function `(labels, logits) -> losses [N]`.
 
@@ -207,8 +187,8 @@ def make_loss(config: TrainConfig, spec, source):
             them, and then for the whole split that is trained on.
 
     Raises:
-        EtfzooError: dot regression, and a head whose logits are no cosines, or are their multiples
-            by a factor that it would not train.
+        EtfzooError: not a weight for each class; dot regression, and a head whose logits are no
+            cosines, or are their multiples by a factor that it would not train.
     """
     options: dict = {}
     if config.loss == "dot_regression":
@@ -226,6 +206,13 @@ def make_loss(config: TrainConfig, spec, source):
             options["adjustment"] = losses.logit_adjustment(counts, config.logit_adjustment)
         if config.class_balance:
             options["class_weights"] = losses.balanced_weights(counts, config.class_balance)
+    if config.class_weights:
+        if len(config.class_weights) != spec.num_classes:
+            raise EtfzooError(
+                f"class_weights must be one for each of the {spec.num_classes} classes; got "
+                f"{len(config.class_weights)}"
+            )
+        options["class_weights"] = np.array(config.class_weights)
     return functools.partial(losses.LOSSES[config.loss], **options)
 
 
@@ -241,10 +228,12 @@ def make_stepper(config: TrainConfig, model, optimizer, strategy, loss, average=
         model,
         optimizer,
         strategy,
-        config.weight_decay,
+        config.weight_decay if config.optimizer == "sgd" else 0.0,
         loss,
         config.decay_all,
         False if config.deterministic else config.jit_compile,
         average,
         config.entropy_weight,
+        config.clip_norm,
+        config.accumulate_steps,
     )

@@ -31,10 +31,9 @@ from etfzoo.runtime.strategy import (
     num_workers,
     wait_for_all,
 )
-from etfzoo.training import identity
+from etfzoo.training import ending, identity
 from etfzoo.training.build import (
     make_loss,
-    make_optimizer,
     make_pipeline,
     make_stepper,
     mixing,
@@ -42,6 +41,7 @@ from etfzoo.training.build import (
 )
 from etfzoo.training.config import TrainConfig
 from etfzoo.training.guidance import Guide
+from etfzoo.training.optimizers import make_optimizer
 from etfzoo.workdir import Workdir, is_number
 
 with extra("train"):
@@ -85,7 +85,7 @@ def train_and_evaluate(config: TrainConfig, workdir, pretrained=None) -> dict:
     # First of all what can fail without cost: the device, the workdir, the data, the model.
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     with exit_if_worker_lost(strategy):
-        check_batch_size(config.batch_size, strategy)
+        check_batch_size(config.batch_size, strategy, config.accumulate_steps)
         mixing(config).check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
         workdir = Workdir(workdir)
         with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
@@ -155,6 +155,9 @@ class Trainer:
             # The process may have died between its last checkpoint and the log files.
             if self.chief:
                 self._write_logs()
+                best = ending.best_epoch(self.state["history"])
+                if best and best["epoch"] == self.state["epoch"] and self.state["step"] == 0:
+                    self.checkpoints.mark_best(best["step"])
         start = {name: self.state[name] for name in ("epoch", "step", "totals")}
         check_agreement(self.strategy, start | {"steps an epoch": self.steps})
         self.writer = tf.summary.create_noop_writer()
@@ -163,11 +166,11 @@ class Trainer:
                 self.writer = tf.summary.create_file_writer(str(self.workdir.tensorboard))
         with StopRequest() as stop:
             try:
-                while self.state["epoch"] < self.config.epochs:
+                while not ending.ended(self.config, self.state["history"]):
                     self._epoch(stop)
             except TrainingDiverged as error:
                 raise self._diverged(error) from error
-        result = self.state["history"][-1]
+        result = ending.result(self.config, self.state["history"])
         if self.chief:
             self.workdir.write_result(result)
         # Whoever leaves first ends the others.

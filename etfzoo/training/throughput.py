@@ -18,6 +18,7 @@ from etfzoo.runtime.averaging import WeightAverage
 from etfzoo.runtime.strategy import check_batch_size, get_strategy, num_workers
 from etfzoo.training import build
 from etfzoo.training.config import TrainConfig
+from etfzoo.training.optimizers import make_optimizer
 
 INPUT_BOUND = 0.1  # share of the step's rate that is lost to the input
 
@@ -102,7 +103,7 @@ def synthetic(
         class_counts=lambda split: np.ones(num_classes, np.int64),
     )
     model = build.start_model(config, classes, strategy)
-    optimizer = build.make_optimizer(config, 1000, model, strategy)
+    optimizer = make_optimizer(config, 1000, model, strategy)
     loss = build.make_loss(config, model.spec, classes)
     stepper = build.make_stepper(config, model, optimizer, strategy, loss)
     evaluate = backend.evaluation_step(model, strategy=strategy)
@@ -143,7 +144,7 @@ def profile(config: TrainConfig, rounds: int = 3, seconds: float = 5.0) -> dict[
     source = resolve(config.dataset, config.data_dir)
     model = build.start_model(config, source, strategy)
     pipeline = build.make_pipeline(config, source, model)
-    optimizer = build.make_optimizer(config, 1000, model, strategy)
+    optimizer = make_optimizer(config, 1000, model, strategy)
     average = WeightAverage(model, config.ema, strategy) if config.ema else None
     loss = build.make_loss(config, model.spec, pipeline.source)
     stepper = build.make_stepper(config, model, optimizer, strategy, loss, average)
@@ -217,7 +218,7 @@ def _open(config):
     strategy = get_strategy(config.strategy, config.tpu, config.num_virtual_devices)
     if num_workers(strategy) > 1:
         raise EtfzooError("measuring takes one process: leave out `strategy=multiworker`")
-    check_batch_size(config.batch_size, strategy)
+    check_batch_size(config.batch_size, strategy, config.accumulate_steps)
     return strategy
 
 

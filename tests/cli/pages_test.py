@@ -37,6 +37,8 @@ python recipes/finetune.py --model=runs/shapes_source_32_rn18_etf_s0 --dataset=d
 python recipes/evaluate.py --model=runs/shapes_source_32_rn18_etf_s0/digits_full --dataset=digits
 python recipes/finetune.py --model=runs/shapes_source_32_rn18_etf_s0 --dataset=digits --protocol=quickstart --mode=linear_probe
 python recipes/finetune.py --model=runs/shapes_source_32_rn18_etf_s0 --keep_head --dataset=shapes/source --protocol=quickstart --epochs=5 --learning_rate=0.003 --workdir=runs/longer
+python recipes/finetune.py --model=runs/shapes_source_32_rn18_etf_s0 --dataset=digits --protocol=quickstart --freeze=stem,stage1 --layer_decay=0.7 --early_stopping=5 --train_split=fit --eval_split=select --workdir=runs/careful
+python recipes/pretrain.py --dataset=shapes/source --backbone=rn18 --protocol=quickstart --optimizer=adamw --learning_rate=0.001 --weight_decay=0.05 --clip_norm=1 --accumulate_steps=4 --workdir=runs/adamw
 python recipes/publish.py --workdir=runs/shapes_source_32_rn18_etf_s0 --name=rn18_etf.shapes --models_dir=models
 python recipes/predict.py --model=models/rn18_etf.shapes photo.jpg folder/
 python recipes/publish.py --workdir=runs/flowers --name=rn18_etf.flowers --licence=CC-BY-4.0 --models_dir=zoo --index=zoo/index.json --url=https://example.org/zoo

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+from sklearn.utils.class_weight import compute_class_weight
 
 from etfzoo.layers import frames
 from etfzoo.models.classifier import build_classifier
@@ -160,7 +161,7 @@ def test_logit_adjustment_is_the_log_of_the_share():
     np.testing.assert_allclose(best - best.mean(), 0, atol=1e-4)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999, 0.9999999])
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999, 0.9999999, 1.0])
 @pytest.mark.parametrize("counts", [[500, 100, 1], [7, 0, 3], [5, 5, 5], [10**9, 2, 1]])
 def test_balanced_weights(counts, beta):
     found = losses.balanced_weights(np.array(counts), beta)
@@ -172,6 +173,13 @@ def test_balanced_weights(counts, beta):
     assert np.isfinite(found).all() and (found > 0).all()
     if beta == 0:
         np.testing.assert_allclose(found, 1, rtol=1e-12)
+
+
+def test_beta_1_is_what_scikit_learn_calls_balanced():
+    counts = np.array([50, 7, 3, 1])
+    labels = np.repeat(np.arange(4), counts)
+    wanted = compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    np.testing.assert_allclose(losses.balanced_weights(counts, 1), wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize("head", ["etf", "linear"])

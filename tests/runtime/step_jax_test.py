@@ -355,10 +355,17 @@ def test_mixed_precision(finished, config, tmp_path, precision):
     assert np.isfinite(result["train_loss"]) and result["step"] == 4
 
 
+FINE_TUNED = {
+    "optimizer": "adamw", "clip_norm": 1.0, "accumulate_steps": 5, "freeze": ("stem",),
+    "layer_decay": 0.8,
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_averaged_weights_and_mixing(config, tmp_path):
+@pytest.mark.parametrize("changes", [{}, FINE_TUNED], ids=["plain", "fine-tuned"])
+def test_averaged_weights_and_mixing(config, tmp_path, changes):
     strong = dataclasses.replace(
-        config, ema=0.9, mixup=0.2, cutmix=1.0, neural_collapse_every=0, norm="bn"
+        config, ema=0.9, mixup=0.2, cutmix=1.0, neural_collapse_every=0, norm="bn", **changes
     )
     run_on_jax(strong, tmp_path / "jax")
     states = [state_of(tmp_path / "jax", step) for step in (2, 3)]

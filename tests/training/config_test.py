@@ -24,7 +24,7 @@ pytestmark = pytest.mark.small_rn18
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 # What goes with few of the others.
-ALONE = {"init", "keep_head", "loss"}
+ALONE = {"init", "keep_head", "loss", "optimizer", "class_weights"}
 # A value of each other setting: no default, no protocol's value and not that of a data set's row.
 OTHER = {
     "dataset": "folder:photos", "data_dir": "/data", "train_split": "fit", "eval_split": "select",
@@ -34,9 +34,11 @@ OTHER = {
     "initializer": "he_fan_out", "zero_gamma": True, "mean": (1.0, 2.0, 3.0),
     "std": (4.0, 5.0, 6.0), "image_size": 48, "image_size_schedule": ((16, 2), (24, 1)),
     "crop": 0.7, "augment": "shift", "min_area": 0.31, "antialias": False, "flip": False,
-    "protocol": "quickstart", "epochs": 7, "batch_size": 33, "learning_rate": 0.037,
+    "protocol": "quickstart", "epochs": 7, "batch_size": 36, "learning_rate": 0.037,
     "learning_rate_scaling": "sqrt", "schedule": "step", "warmup_epochs": 1.5,
     "step_epochs": (2, 5), "step_factor": 0.37, "momentum": 0.77, "nesterov": True,
+    "clip_norm": 1.5, "accumulate_steps": 2, "layer_decay": 0.7, "freeze": ("stem", "stage2"),
+    "early_stopping": 4,
     "weight_decay": 3e-5, "decay_all": True, "logit_adjustment": 1.5, "class_balance": 0.9,
     "label_smoothing": 0.07, "mixup": 0.3, "cutmix": 0.6, "rand_augment": 3.0, "ema": 0.97,
     "mixed_precision": "float16", "seed": 3,
@@ -114,7 +116,10 @@ def test_names_that_a_setting_may_be_are_those_of_what_takes_them():
         ("data_dir", "y" * 256, "a name of more than 255 bytes"),
         ("loss", "mse", "unknown loss 'mse'; known: cross_entropy, dot_regression, squared_error"),
         ("logit_adjustment", -1, "logit_adjustment must be between 0 and 100; got -1"),
-        ("class_balance", 1, "class_balance must be between 0 and 0.9999999; got 1"),
+        ("class_balance", 1.1, "class_balance must be between 0 and 1; got 1.1"),
+        ("class_weights", [1, -1], "class_weights must be between 0 and 1000000; got -1"),
+        ("freeze", ["stage5"], "unknown freeze 'stage5'; did you mean stage"),
+        ("layer_decay", 1.5, "layer_decay must be between 0 and 1; got 1.5"),
         ("imbalance", 0.5, "imbalance must be between 1 and 1000000; got 0.5"),
         ("imbalance", float("nan"), "imbalance must be between 1 and"),
         ("crop", 1.2, "crop must be between 0.01 and 1; got 1.2"),
@@ -151,6 +156,30 @@ def test_neighbours_take_two_images():
     with pytest.raises(EtfzooError, match="asks for neighbours: give `batch_size=2` or more"):
         TrainConfig("digits", batch_size=1, entropy_weight=0.05)
     TrainConfig("digits", batch_size=2, entropy_weight=0.05)
+
+
+def test_parts_of_a_batch_are_equal_and_large_enough():
+    with pytest.raises(EtfzooError, match="`accumulate_steps=3` does not divide `batch_size=128`"):
+        TrainConfig("digits", accumulate_steps=3)
+    with pytest.raises(EtfzooError, match="give `batch_size=128` or more"):
+        TrainConfig("digits", batch_size=64, accumulate_steps=64, entropy_weight=0.1)
+
+
+def test_classes_are_weighed_once():
+    with pytest.raises(EtfzooError, match="both weigh the classes: leave one of them out"):
+        TrainConfig("digits", class_weights=(1, 2), class_balance=0.9)
+    config = TrainConfig("digits", class_weights=[1, 2])
+    assert config.class_weights == (1, 2)
+    assert config.differences(TrainConfig("digits")) == ["class_weights (1, 2) there, () here"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_what_only_sgd_takes(optimizer):
+    for other in ({"momentum": 0.8}, {"nesterov": True}):
+        with pytest.raises(EtfzooError, match=f"`nesterov=False`, with `optimizer={optimizer}`"):
+            TrainConfig("digits", optimizer=optimizer, **other)
+    config = TrainConfig("digits", optimizer=optimizer)
+    assert TrainConfig("digits").differences(config) == [f"optimizer sgd there, {optimizer} here"]
 
 
 def test_a_file_gives_back_every_setting(tmp_path):

@@ -262,7 +262,13 @@ LOSSES = {
     "balanced": {"logit_adjustment": 1.0, "class_balance": 0.99, "mixup": 0.2},
     "dot": {"loss": "dot_regression", "feature_norm": "bn_l2", "class_balance": 0.9},
     "tail": {"imbalance": 5.0, "logit_adjustment": 1.0, "batch_size": 20},
-}
+    "adamw in parts": {"optimizer": "adamw", "accumulate_steps": 2, "ema": 0.9},
+    "lamb, clipped": {"optimizer": "lamb", "clip_norm": 0.5, "decay_all": True},
+    "frozen in part": {
+        "freeze": ("stem",), "layer_decay": 0.7, "head": "linear", "ema": 0.9,
+        "class_weights": tuple(range(1, 11)),
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", LOSSES.values(), ids=LOSSES)
@@ -275,6 +281,36 @@ def test_a_run_with_another_loss_resumes_bit_equal(config, tmp_path, changes):
     _assert_same_end(whole, again)
     if "loss" in changes:  # of cosines: training tells half of their squared distance from 1
         assert result["train_loss"] < 2 < result["loss"]
+
+
+def test_weights_of_classes_are_one_a_class(config, tmp_path):
+    few = dataclasses.replace(config, class_weights=(1, 2, 3))
+    with pytest.raises(EtfzooError, match="one for each of the 10 classes; got 3"):
+        loop.train_and_evaluate(few, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_stopping_gives_the_best_epoch_and_resumes_bit_equal(config, tmp_path):
+    """A head that moves less than any prediction needs: no epoch is better than the first."""
+    still = dataclasses.replace(
+        config, head="linear", freeze=("backbone",), learning_rate=1e-9, epochs=6, early_stopping=2,
+        initializer="glorot_uniform", zero_gamma=False,  # a bias of 0, of which 1e-9 can be told
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = loop.train_and_evaluate(still, whole)
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert result == rows[0] | {"stopped_after": 3}
+    assert loop.train_and_evaluate(still, whole) == result
+    (last, _), (first, state) = _final(whole), last_checkpoint(whole, _step(whole, 4))
+    bias = "model/logits/bias"
+    assert state["epoch"] == 1 and not np.array_equal(first[bias], last[bias])
+    np.testing.assert_array_equal(etfzoo.load(whole).get_layer("logits").bias, first[bias])
+    # Killed as soon as the best epoch was saved, before anything else said that it is the best.
+    _begin(whole, killed, 4)
+    assert _go_on(still, killed) == result
+    _assert_same_end(whole, killed)
+    np.testing.assert_array_equal(etfzoo.load(killed).get_layer("logits").bias, first[bias])
 
 
 @pytest.mark.parametrize("split", ["train", "fit"])
@@ -379,6 +415,7 @@ def test_a_diverging_run_says_so_and_keeps_the_last_good_state(config, tmp_path)
         ({"feature_norm": "l2", "head": "linear"}, "belong to the etf head"),
         ({"loss": "dot_regression"}, "`loss=dot_regression` compares cosines: it takes an etf"),
         ({"loss": "squared_error", "label_smoothing": 0.1}, "belong to the cross-entropy"),
+        ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean adamw"),
         ({"mixup": 0.2, "batch_size": 25}, "an even number of images, .* pass a multiple of 2"),
         ({"imbalance": 300}, "`imbalance=300` leaves class 5 of split 'train' of digits without"),
         ({"cutmix": -1.0}, "cutmix must be between 0 and"),

@@ -14,7 +14,7 @@ from etfzoo.data.datasets import Dataset
 from etfzoo.data.source import Source
 from etfzoo.measure import accuracy
 from etfzoo.runtime import backend
-from etfzoo.training import build, loop
+from etfzoo.training import build, loop, optimizers
 
 # 3 replicas take 4 images each; 6 steps an epoch.
 CHANGED = OTHER | {"batch_size": 12, "checkpoint_every": 7}
@@ -127,6 +127,16 @@ def checkpoints(calls):
     return Part(restore=lambda *args, **kwargs: None, save=save, paths=list)
 
 
+def noted(calls, kind):
+    """A class that notes with what its objects are made."""
+
+    def __init__(self, *args, **kwargs):
+        calls.note(kind.__name__, **kwargs)
+        kind.__init__(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__init__": __init__})
+
+
 def extractor(calls):
     def batches(pipeline, split):
         calls.note("features", split=split, epoch=calls["training"][-1]["epoch"])
@@ -149,6 +159,7 @@ def spied_run(config, workdir, patch):
         patch.setattr(owner, name, calls.spy(name, getattr(owner, name), answer))
 
     replace(loop, "get_strategy", lambda a: Strategy())
+    replace(loop, "check_batch_size", loop.check_batch_size)
     replace(loop, "resolve", lambda a: PICTURES)
     replace(loop, "WeightAverage", lambda a: Part(model=network(calls)))
     replace(loop, "CheckpointManager", lambda a: checkpoints(calls))
@@ -165,7 +176,9 @@ def spied_run(config, workdir, patch):
     replace(build, "Pipeline", lambda a: Images(calls, a["height"], a["source"]))
     replace(build, "Augmentation", Augmentation)
     replace(build, "Mixing", build.Mixing)
-    replace(keras.optimizers, "SGD", keras.optimizers.SGD)
+    replace(build, "freeze")
+    replace(optimizers, "layer_rates", lambda a: [a["decay"]] * 4)
+    patch.setattr(keras.optimizers, "SGD", noted(calls, SGD))
     replace(backend, "Stepper", lambda a: stepper(calls))
     replace(backend, "device_cache", lambda a: Images(calls, a["pipeline"].side))
     replace(backend, "evaluation_step", lambda a: Part(model=a["model"]))

@@ -67,6 +67,10 @@ ARRIVES = {
     "batch_size": {"Pipeline": "batch_size"},
     "imbalance": {"long_tailed": "imbalance"},
     "momentum": {"SGD": "momentum"},
+    "layer_decay": {"layer_rates": "decay"},
+    "freeze": {"freeze": "names"},
+    "clip_norm": {"Stepper": "clip_norm"},
+    "accumulate_steps": {"Stepper": "accumulate_steps", "check_batch_size": "parts"},
     "nesterov": {"SGD": "nesterov"},
     "weight_decay": {"Stepper": "weight_decay"},
     "decay_all": {"Stepper": "decay_all"},
@@ -143,6 +147,8 @@ SEEN = {
     "cache": lambda run: (len(run["device_cache"]), 1),
     # 6 steps an epoch, 4 at a time.
     "steps_per_execution": lambda run: (run.all("steps", "count"), [4, 2] * 7),
+    # The second of four evaluations, after epoch 4 of 7, is the best: none ends the run.
+    "early_stopping": lambda run: (run.workdir.read_result()["stopped_after"], 7),
     "eval_every": lambda run: (epochs_of_evaluations(run), [2, 4, 6, 7]),
     "neural_collapse_every": lambda run: (
         [(a["epoch"] + 1, a["split"]) for a in run["features"]],
@@ -202,24 +208,47 @@ def test_parts_are_handed_on_to_each_other(run):
 def test_the_best_epoch_is_the_one_that_scored_best(run):
     assert [a["epoch"] for a in run["save"] if a["best"]] == [2, 4]
     result = run.workdir.read_result()
-    assert result["top1"] == SCORES[-1] and result["epoch"] == 7 and result["step"] == 42
+    assert result["top1"] == SCORES[1] and result["epoch"] == 4 and result["step"] == 24
     rows = run.workdir.history()
-    assert rows[-1] == result and [row["step"] for row in rows] == list(range(6, 43, 6))
+    assert rows[3] | {"stopped_after": 7} == result and rows[-1]["top1"] == SCORES[-1]
+    assert [row["step"] for row in rows] == list(range(6, 43, 6))
     assert [row["train_loss"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     assert [row["train_top1"] for row in rows] == [n / 12 for n in (1, 2, 3, 4, 5, 6, 7)]
 
 
+def test_a_run_ends_after_epochs_that_brought_nothing(tmp_path, monkeypatch):
+    early = {"early_stopping": 2, "eval_every": 1, "image_size_schedule": ()}
+    calls = spied_run(TrainConfig(**(CHANGED | early)), tmp_path, monkeypatch)
+    result = Workdir(tmp_path).read_result()
+    assert (result["epoch"], result["stopped_after"], result["top1"]) == (2, 4, SCORES[1])
+    assert calls.all("training", "epoch") == [0, 1, 2, 3]
+    assert [a["epoch"] for a in calls["save"] if a["best"]] == [1, 2]
+
+
 def test_a_deterministic_run_leaves_xla_off(tmp_path, monkeypatch):
     plain = {"deterministic": True, "jit_compile": None, "cache": "none", "ema": 0.0}
-    plain |= {"mixed_precision": "none", "norm": "bn", "skip_corrupt": False}
+    plain |= {"mixed_precision": "none", "norm": "bn", "skip_corrupt": False, "layer_decay": 1.0}
+    plain |= {"early_stopping": 0, "freeze": ()}
     calls = spied_run(TrainConfig(**(CHANGED | plain)), tmp_path, monkeypatch)
     assert set(calls.all("Stepper", "jit_compile")) == {False}
     assert calls.all("set_determinism", "deterministic") == [True]
     assert not {"device_cache", "WeightAverage", "use_full_float32", "readable"} & set(calls)
-    assert type(calls["Stepper"][0]["optimizer"]) is SGD
+    assert type(calls["Stepper"][0]["optimizer"]).__mro__[1] is SGD and "freeze" not in calls
+    assert Workdir(tmp_path).read_result()["epoch"] == 7
     assert calls.all("build_classifier", "dtype") == ["float32"]
     assert calls.all("training", "split") == ["fit"] * 7  # by way of the pipeline
     assert calls.all("share", "share") == ["its share"] * 7
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_another_optimizer_takes_the_decay(tmp_path, monkeypatch, optimizer):
+    plain = {"optimizer": optimizer, "momentum": 0.9, "nesterov": False}
+    calls = spied_run(TrainConfig(**(CHANGED | plain)), tmp_path, monkeypatch)
+    assert set(calls.all("Stepper", "weight_decay")) == {0.0}
+    inner = calls["Stepper"][0]["optimizer"].inner_optimizer
+    kinds = {"adamw": keras.optimizers.Adam, "lamb": keras.optimizers.Lamb}
+    assert isinstance(inner, kinds[optimizer]) and inner.name == optimizer
+    assert inner.decays == [CHANGED["weight_decay"]] * 4 and inner.rates == [0.7] * 4
 
 
 def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
@@ -240,7 +269,8 @@ def test_a_model_that_is_fine_tuned_arrives(tmp_path, monkeypatch):
 def test_a_batch_at_least_and_something_to_evaluate_on(monkeypatch):
     calls = Calls()
     monkeypatch.setattr(build, "Pipeline", lambda *args: Images(calls, 48))
-    whole = TrainConfig(**CHANGED | {"batch_size": SIZES["fit"], "skip_corrupt": False})
+    plain = {"skip_corrupt": False, "accumulate_steps": 1}
+    whole = TrainConfig(**CHANGED | plain | {"batch_size": SIZES["fit"]})
     build.make_pipeline(whole, PICTURES, network(calls))
     more = dataclasses.replace(whole, batch_size=SIZES["fit"] + 1)
     with pytest.raises(EtfzooError, match="has 79 images, fewer than one batch; .*=19` or less"):

@@ -16,7 +16,8 @@ class DataSettings:
         "imagenet2012, imagenet_resized/64x64, cifar100, cifar10, stl10, svhn_cropped, "
         "oxford_iiit_pet, oxford_flowers102, dtd, the embedded shapes/source, shapes/textures, "
         "shapes/outlines and digits; any other TFDS name or prepared TFDS folder; folder:PATH with "
-        "one subfolder of images a class; or csv:FILE with the columns path, label and maybe split",
+        "one subfolder of images a class; csv:FILE with the columns path, label and maybe split; "
+        "hf:NAME or hf:PATH, a data set of Hugging Face",
     )
     data_dir: str | None = setting(
         "Data", None, "TFDS data directory (default: TFDS's own)", path=True, runtime=True

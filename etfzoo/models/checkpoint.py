@@ -228,8 +228,11 @@ def load_model(workdir, best: bool | None = None) -> "ImageClassifier":
     return model
 
 
-def read_model(workdir, best: bool = False) -> StoredModel:
+def read_model(workdir, best: bool | None = None) -> StoredModel:
     """What `load_model` builds a network of.
+
+    Args:
+        workdir, best: see `load_model`.
 
     Raises:
         EtfzooError: no checkpoint there, or none that can be read.

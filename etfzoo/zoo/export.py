@@ -61,8 +61,16 @@ def export_onnx(model: ImageClassifier, path) -> None:
     function, _ = _traceable(model, tf.float32)
     with extra("onnx"):
         tf2onnx = importlib.import_module("tf2onnx")
+        onnx = importlib.import_module("onnx")
     signature = list(function.input_signature)
     onnx_model, _ = tf2onnx.convert.from_function(function, input_signature=signature, opset=OPSET)
+    # Constants that a layer keeps, as Normalization its mean, come as inputs of the graph.
+    inputs = {found.name: found for found in onnx_model.graph.input}
+    for value, place in function.get_concrete_function().graph.captures:
+        if place.name in inputs:
+            onnx_model.graph.input.remove(inputs[place.name])
+            constant = onnx.numpy_helper.from_array(value.numpy(), place.name)
+            onnx_model.graph.initializer.append(constant)
     for key, value in _metadata(model).items():
         onnx_model.metadata_props.add(key=key, value=value)
     with files.atomic(path) as file:

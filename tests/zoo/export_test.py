@@ -19,6 +19,7 @@ from testing import (
     fresh_python,
     leftovers,
     make_image_folder,
+    randomize,
     run_recipe,
     small_disk,
     smooth_image,
@@ -343,3 +344,15 @@ def test_recipe_stores_halves(tmp_path):
     served = tf.saved_model.load(str(tmp_path / "half" / "1"))
     logits = served.signatures["serving_default"](images=pixels())["logits"]
     assert_close(logits, model(pixels()), 1e-2)
+
+
+@pytest.mark.parametrize("form, end", [("onnx", "onnx"), ("litert", "tflite"), ("openvino", "xml")])
+def test_a_network_with_constants_of_its_own(form, end, tmp_path):
+    """Those that Keras's Normalization keeps are no weights."""
+    images = keras.Input((32, 32, 3))
+    x = keras.layers.Normalization(mean=[9.0, 90, 200], variance=[2.0, 30, 400])(images)
+    network = keras.Model(images, keras.layers.Conv2D(4, 3)(x))
+    model = randomize(etfzoo.build_classifier(network, 3, head="linear"))
+    path = str(tmp_path / f"model.{end}")
+    getattr(formats, f"export_{form}")(model, path)
+    assert formats.compare(model, path, form).difference <= 1e-5

@@ -8,6 +8,7 @@ import math
 
 import tensorflow as tf
 
+from etfzoo.data import random_erasing
 from etfzoo.data.augmentation import Augmentation
 from etfzoo.data.decoding import decode_region, image_size
 from etfzoo.data.rand_augment import rand_augment
@@ -153,7 +154,7 @@ def training_image(
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
     numbers = random_numbers(key, augmentation)
-    region, window, antialias, shift, flip = draws(
+    region, window, antialias, shift, flip, erased = draws(
         image_size(encoded), numbers, height, width, augmentation, crop
     )
     pixels = decode_region(encoded, region, fast=True)
@@ -173,10 +174,12 @@ def training_image(
         image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
     if augmentation.rand_augment:
         image = rand_augment(image, key, augmentation.rand_augment)
+    if augmentation.random_erasing:
+        image = random_erasing.erase(image, erased, augmentation.erased_pixel)
     return image
 
 
-def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tensor, tf.Tensor]:
+def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tensor, ...]:
     """The random numbers of one image, of which `draws` makes windows and flips.
 
     They are apart because each image has its own key, and the rest can be done for a whole batch.
@@ -187,10 +190,10 @@ def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tenso
 
     Returns:
         of the crop, float32 `[TRIES + 1, 2]` for resized crops and int32 `[2]` for shifts, else
-        `[0]`; and of the mirror, float32 `[]`.
+        `[0]`; of the mirror, float32 `[]`; and of random erasing, see there, or `[0]` without it.
     """
     crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
-    crop, flip = tf.zeros([0]), tf.constant(1.0)
+    crop, flip, erasing = tf.zeros([0]), tf.constant(1.0), tf.zeros([0])
     if augmentation.crop == "resized_crop":
         crop = tf.random.stateless_uniform([TRIES + 1, 2], crop_key)
     elif augmentation.crop == "shift":
@@ -199,17 +202,19 @@ def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tenso
         crop = tf.random.stateless_uniform([3], crop_key, 0, tf.int32.max, tf.int32)[:2]
     if augmentation.flip:
         flip = tf.random.stateless_uniform([], flip_key)
-    return crop, flip
+    if augmentation.random_erasing:
+        erasing = random_erasing.random_numbers(key)
+    return crop, flip, erasing
 
 
 def draws(
     shape: tf.Tensor,
-    numbers: tuple[tf.Tensor, tf.Tensor],
+    numbers: tuple[tf.Tensor, ...],
     height: int,
     width: int,
     augmentation: Augmentation,
     crop: float,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+) -> tuple[tf.Tensor, ...]:
     """What is drawn for training images, but for RandAugment; the axes of a batch come first.
 
     Args:
@@ -221,9 +226,10 @@ def draws(
         `region`, `window`: what is read and what is shown of the image, see `evaluation_window`; a
         resized crop reads nothing outside of its window; `antialias`: whether the filter grows with
         the window; `shift`: int32 `[..., 2]`, top and left of what is then kept of the padded
-        image, where the crop is `"shift"`; `flip`: whether the image is mirrored.
+        image, where the crop is `"shift"`; `flip`: whether the image is mirrored; `erased`: see
+        `etfzoo.data.random_erasing.erased_window`.
     """
-    crop_numbers, flip_number = numbers
+    crop_numbers, flip_number, erasing_numbers = numbers
     antialias, shift = tf.ones(tf.shape(shape)[:-1], bool), tf.zeros_like(shape)
     if augmentation.crop == "resized_crop":
         region = random_window(shape, crop_numbers, augmentation.min_area)
@@ -236,7 +242,12 @@ def draws(
         shift = crop_numbers % (2 * tf.constant(padding(height, width)) + 1)
     else:
         region, window = evaluation_window(shape, height, width, crop)
-    return region, window, antialias, shift, flip_number < 0.5
+    erased = tf.zeros_like(region)
+    if augmentation.random_erasing:
+        erased = random_erasing.erased_window(
+            erasing_numbers, height, width, augmentation.random_erasing
+        )
+    return region, window, antialias, shift, flip_number < 0.5, erased
 
 
 def padding(height: int, width: int) -> tuple[int, int]:

@@ -81,8 +81,9 @@ PLAIN = {
     "step_epochs": (30, 60, 90), "step_factor": 0.1, "momentum": 0.9, "nesterov": False,
     "weight_decay": 0.0002, "decay_all": False, "loss": "cross_entropy",
     "logit_adjustment": 0.0, "class_balance": 0.0, "label_smoothing": 0.0, "mixup": 0.0,
-    "cutmix": 0.0, "rand_augment": 0.0, "ema": 0.0, "mixed_precision": "none", "seed": 0,
-    "deterministic": True, "cache": "none", "synchronize_norms": True, "eval_every": 1,
+    "cutmix": 0.0, "rand_augment": 0.0, "random_erasing": 0.0, "ema": 0.0,
+    "mixed_precision": "none", "seed": 0, "deterministic": True, "cache": "none",
+    "synchronize_norms": True, "eval_every": 1,
     "neural_collapse_every": 0, "imbalance": 1.0, "skip_corrupt": False,
 }  # fmt: skip
 KORNBLITH = {

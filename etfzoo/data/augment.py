@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from etfzoo.data import random_erasing
 from etfzoo.data.augmentation import Augmentation
-from etfzoo.data.decoding import decode_region, image_size
+from etfzoo.data.decoding import opened
 from etfzoo.data.rand_augment import rand_augment
 
 MAX_RATIO = 4 / 3  # of the longer to the shorter side of a resized crop
@@ -25,16 +25,27 @@ def _resample(pixels, window, height, width):
         window: float `[4]`, top, left, height and width; the filter also reads pixels around it.
         height, width: target size in pixels.
     """
-    scale = [float(height), float(width)] / window[2:]
-    image = tf.raw_ops.ScaleAndTranslate(
-        images=pixels[None],
-        size=[height, width],
-        scale=scale,
-        translation=-window[:2] * scale,
+    # Both axes as rows: TensorFlow adds up whole rows at a time, but columns pixel by pixel. The
+    # sums are those of one call for both, bit for bit.
+    rows, columns = tf.unstack(tf.shape(pixels)[:2])
+    pixels = tf.reshape(pixels, [rows, columns * 3])
+    pixels = tf.reshape(_resample_rows(pixels, window[0::2], height), [height, columns, 3])
+    pixels = tf.reshape(tf.transpose(pixels, [1, 0, 2]), [columns, height * 3])
+    pixels = tf.reshape(_resample_rows(pixels, window[1::2], width), [width, height, 3])
+    return tf.round(tf.transpose(pixels, [1, 0, 2]))
+
+
+def _resample_rows(rows, window, count):
+    """Rows `[N, M]` as `count` rows; the window is float `[2]`, first row and number of rows."""
+    scale = count / window[1]
+    return tf.raw_ops.ScaleAndTranslate(
+        images=rows[None, :, None],
+        size=[count, 1],
+        scale=tf.stack([scale, 1.0]),
+        translation=tf.stack([-window[0] * scale, 0.0]),
         kernel_type="triangle",
         antialias=True,
-    )[0]
-    return tf.round(tf.ensure_shape(image, [height, width, 3]))
+    )[0, :, 0]
 
 
 def _interpolate(pixels, height, width):
@@ -43,7 +54,9 @@ def _interpolate(pixels, height, width):
     return tf.round(tf.ensure_shape(image, [height, width, 3]))
 
 
-def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
+def evaluation_image(
+    encoded: tf.Tensor, height: int, width: int, crop: float, jpegs: bool = False
+) -> tf.Tensor:
     """The deterministic image of evaluation and serving.
 
     What resizing with an antialiased bilinear filter and then cropping the centre shows, at a cost
@@ -56,12 +69,14 @@ def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -
         encoded: scalar string. JPEGs are decoded exactly, see `etfzoo.data.decoding`.
         height, width: target size in pixels.
         crop: share of the shorter side that is kept, e.g. 0.875.
+        jpegs: see `etfzoo.data.decoding.opened`.
 
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    region, window = evaluation_window(image_size(encoded), height, width, crop)
-    pixels = decode_region(encoded, region)
+    size, read = opened(encoded, jpegs)
+    region, window = evaluation_window(size, height, width, crop)
+    pixels = read(region)
     return _resample(pixels, _inside(window, region), height, width)
 
 
@@ -140,6 +155,7 @@ def training_image(
     width: int,
     augmentation: Augmentation,
     crop: float,
+    jpegs: bool = False,
 ) -> tf.Tensor:
     """A randomly augmented training image.
 
@@ -149,15 +165,17 @@ def training_image(
         height, width: target size in pixels.
         augmentation: what is drawn.
         crop: evaluation crop, where `augmentation.crop` is `"none"`.
+        jpegs: see `etfzoo.data.decoding.opened`.
 
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
     numbers = random_numbers(key, augmentation)
+    size, read = opened(encoded, jpegs)
     region, window, antialias, shift, flip, erased = draws(
-        image_size(encoded), numbers, height, width, augmentation, crop
+        size, numbers, height, width, augmentation, crop
     )
-    pixels = decode_region(encoded, region, fast=True)
+    pixels = read(region, fast=True)
     if augmentation.crop == "resized_crop":
         image = tf.cond(
             antialias,

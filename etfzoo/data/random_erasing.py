@@ -6,6 +6,7 @@ is drawn as torchvision's RandomErasing and timm's draw theirs, after all else i
 
 import math
 
+import numpy as np
 import tensorflow as tf
 
 TRIES = 10  # draws of a rectangle until one is smaller than the image
@@ -59,12 +60,9 @@ def erased_window(numbers: tf.Tensor, height: int, width: int, probability: floa
 
 def erase(image: tf.Tensor, window: tf.Tensor, fill: tuple[int, ...]) -> tf.Tensor:
     """An image `[H, W, 3]` with a window of `erased_window` filled with a colour."""
-    height, width, channels = image.shape
     top, left, bottom, right = tf.unstack(window)
-    # Rows of [H, 3 W]: broadcasting over a last axis of 3 is slow.
-    y, x = tf.range(height), tf.repeat(tf.range(width), channels)
-    inside = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
-    filled = tf.where(
-        inside, tf.tile(tf.constant(fill, image.dtype), [width]), tf.reshape(image, [height, -1])
-    )
-    return tf.reshape(filled, image.shape)
+    filled = tf.constant(np.broadcast_to(fill, image.shape), image.dtype)
+    rows = image[top:bottom]
+    rows = tf.concat([rows[:, :left], filled[top:bottom, left:right], rows[:, right:]], axis=1)
+    # Copies alone, as a choice of pixels takes some ten times as long.
+    return tf.ensure_shape(tf.concat([image[:top], rows, image[bottom:]], axis=0), image.shape)

@@ -6,15 +6,18 @@
 One thread; medians of rounds in which the candidates take turns, so that the ratios to `decode`
 mean something on a shared machine. `etfzoo` is the training pipeline as pretrain.py uses it at
 224 px: a random window decoded from the JPEG, an antialiased resize where it becomes smaller, flip,
-uint8 batches (normalisation is the model's first layer, on the device); `--noantialias` filters
-only windows of more than twice the target. `evaluation` decodes exactly. `without branches` is for
-JPEGs alone and never antialiased; those below it change one thing of it.
+uint8 batches (normalisation is the model's first layer, on the device), of a data set that says
+that its images are JPEGs; `any format` is that of all others. `one call` resizes both axes in one
+call of TensorFlow's. `--noantialias` filters only windows of more than twice the target.
+`evaluation` decodes exactly. `without branches` is for JPEGs alone, whose headers nobody checks,
+and never antialiased; those below it change one thing of it.
 """
 
 import argparse
 import os
 import pathlib
 import time
+from unittest import mock
 
 import numpy as np
 
@@ -47,21 +50,32 @@ def candidates(size):
 
     from etfzoo.data import augment
 
-    crop = augment.Augmentation("resized_crop", 0.08)
-    sharp = augment.Augmentation("resized_crop", 0.08, antialias=False)
-
     def decode(encoded, key):
         return tf.io.decode_jpeg(encoded, channels=3)[:size, :size]
 
-    def ours(encoded, key, augmentation=crop):
-        image = augment.training_image(encoded, key, size, size, augmentation, 0.875)
+    def ours(encoded, key, jpegs=True, resample=augment._resample, **options):
+        options = {"crop": "resized_crop", "min_area": 0.08} | options
+        with mock.patch.object(augment, "_resample", resample):
+            image = augment.training_image(
+                encoded, key, size, size, augment.Augmentation(**options), 0.875, jpegs
+            )
         return tf.cast(image, tf.uint8)
 
-    def evaluation(encoded, key):
-        return tf.cast(augment.evaluation_image(encoded, size, size, 0.875), tf.uint8)
+    def one_call(pixels, window, height, width):
+        scale = [float(height), float(width)] / window[2:]
+        image = tf.raw_ops.ScaleAndTranslate(
+            images=pixels[None], size=[height, width], scale=scale, translation=-window[:2] * scale,
+            kernel_type="triangle", antialias=True,
+        )  # fmt: skip
+        return tf.round(image[0])
+
+    def evaluation(encoded, key, jpegs=True):
+        return tf.cast(augment.evaluation_image(encoded, size, size, 0.875, jpegs), tf.uint8)
 
     def floats(encoded, key):
-        image = augment.training_image(encoded, key, size, size, crop, 0.875)
+        image = augment.training_image(
+            encoded, key, size, size, augment.Augmentation(), 0.875, True
+        )
         return (image - 127.5) / 58.0
 
     def window(encoded, key, whole=False, antialias=False, exact=False, flip=True, area=True):
@@ -89,8 +103,14 @@ def candidates(size):
     return {
         "decode": decode,
         "etfzoo": ours,
-        "etfzoo --noantialias": lambda e, k: ours(e, k, sharp),
+        "etfzoo, any format": lambda e, k: ours(e, k, jpegs=False),
+        "etfzoo, one call": lambda e, k: ours(e, k, resample=one_call),
+        "etfzoo, any format, one call": lambda e, k: ours(e, k, False, one_call),
+        "etfzoo --noantialias": lambda e, k: ours(e, k, antialias=False),
+        "etfzoo --rand_augment=7": lambda e, k: ours(e, k, rand_augment=7.0),
+        "etfzoo --random_erasing=1": lambda e, k: ours(e, k, random_erasing=1.0),
         "etfzoo, evaluation": evaluation,
+        "etfzoo, evaluation, any format": lambda e, k: evaluation(e, k, jpegs=False),
         "float32 batches, normalised": floats,
         "without branches": window,
         "decode all, then crop": lambda e, k: window(e, k, whole=True),

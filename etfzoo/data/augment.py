@@ -8,8 +8,9 @@ import math
 
 import tensorflow as tf
 
+from etfzoo.data import random_erasing
 from etfzoo.data.augmentation import Augmentation
-from etfzoo.data.decoding import decode_region, image_size
+from etfzoo.data.decoding import opened
 from etfzoo.data.rand_augment import rand_augment
 
 MAX_RATIO = 4 / 3  # of the longer to the shorter side of a resized crop
@@ -24,16 +25,27 @@ def _resample(pixels, window, height, width):
         window: float `[4]`, top, left, height and width; the filter also reads pixels around it.
         height, width: target size in pixels.
     """
-    scale = [float(height), float(width)] / window[2:]
-    image = tf.raw_ops.ScaleAndTranslate(
-        images=pixels[None],
-        size=[height, width],
-        scale=scale,
-        translation=-window[:2] * scale,
+    # Both axes as rows: TensorFlow adds up whole rows at a time, but columns pixel by pixel. The
+    # sums are those of one call for both, bit for bit.
+    rows, columns = tf.unstack(tf.shape(pixels)[:2])
+    pixels = tf.reshape(pixels, [rows, columns * 3])
+    pixels = tf.reshape(_resample_rows(pixels, window[0::2], height), [height, columns, 3])
+    pixels = tf.reshape(tf.transpose(pixels, [1, 0, 2]), [columns, height * 3])
+    pixels = tf.reshape(_resample_rows(pixels, window[1::2], width), [width, height, 3])
+    return tf.round(tf.transpose(pixels, [1, 0, 2]))
+
+
+def _resample_rows(rows, window, count):
+    """Rows `[N, M]` as `count` rows; the window is float `[2]`, first row and number of rows."""
+    scale = count / window[1]
+    return tf.raw_ops.ScaleAndTranslate(
+        images=rows[None, :, None],
+        size=[count, 1],
+        scale=tf.stack([scale, 1.0]),
+        translation=tf.stack([-window[0] * scale, 0.0]),
         kernel_type="triangle",
         antialias=True,
-    )[0]
-    return tf.round(tf.ensure_shape(image, [height, width, 3]))
+    )[0, :, 0]
 
 
 def _interpolate(pixels, height, width):
@@ -42,7 +54,9 @@ def _interpolate(pixels, height, width):
     return tf.round(tf.ensure_shape(image, [height, width, 3]))
 
 
-def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -> tf.Tensor:
+def evaluation_image(
+    encoded: tf.Tensor, height: int, width: int, crop: float, jpegs: bool = False
+) -> tf.Tensor:
     """The deterministic image of evaluation and serving.
 
     What resizing with an antialiased bilinear filter and then cropping the centre shows, at a cost
@@ -55,12 +69,14 @@ def evaluation_image(encoded: tf.Tensor, height: int, width: int, crop: float) -
         encoded: scalar string. JPEGs are decoded exactly, see `etfzoo.data.decoding`.
         height, width: target size in pixels.
         crop: share of the shorter side that is kept, e.g. 0.875.
+        jpegs: see `etfzoo.data.decoding.opened`.
 
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
-    region, window = evaluation_window(image_size(encoded), height, width, crop)
-    pixels = decode_region(encoded, region)
+    size, read = opened(encoded, jpegs)
+    region, window = evaluation_window(size, height, width, crop)
+    pixels = read(region)
     return _resample(pixels, _inside(window, region), height, width)
 
 
@@ -139,6 +155,7 @@ def training_image(
     width: int,
     augmentation: Augmentation,
     crop: float,
+    jpegs: bool = False,
 ) -> tf.Tensor:
     """A randomly augmented training image.
 
@@ -148,15 +165,17 @@ def training_image(
         height, width: target size in pixels.
         augmentation: what is drawn.
         crop: evaluation crop, where `augmentation.crop` is `"none"`.
+        jpegs: see `etfzoo.data.decoding.opened`.
 
     Returns:
         float32 `[height, width, 3]`, whole numbers in 0..255.
     """
     numbers = random_numbers(key, augmentation)
-    region, window, antialias, shift, flip = draws(
-        image_size(encoded), numbers, height, width, augmentation, crop
+    size, read = opened(encoded, jpegs)
+    region, window, antialias, shift, flip, erased = draws(
+        size, numbers, height, width, augmentation, crop
     )
-    pixels = decode_region(encoded, region, fast=True)
+    pixels = read(region, fast=True)
     if augmentation.crop == "resized_crop":
         image = tf.cond(
             antialias,
@@ -173,10 +192,12 @@ def training_image(
         image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
     if augmentation.rand_augment:
         image = rand_augment(image, key, augmentation.rand_augment)
+    if augmentation.random_erasing:
+        image = random_erasing.erase(image, erased, augmentation.erased_pixel)
     return image
 
 
-def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tensor, tf.Tensor]:
+def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tensor, ...]:
     """The random numbers of one image, of which `draws` makes windows and flips.
 
     They are apart because each image has its own key, and the rest can be done for a whole batch.
@@ -187,10 +208,10 @@ def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tenso
 
     Returns:
         of the crop, float32 `[TRIES + 1, 2]` for resized crops and int32 `[2]` for shifts, else
-        `[0]`; and of the mirror, float32 `[]`.
+        `[0]`; of the mirror, float32 `[]`; and of random erasing, see there, or `[0]` without it.
     """
     crop_key, flip_key = tf.unstack(tf.random.split(key, 2))
-    crop, flip = tf.zeros([0]), tf.constant(1.0)
+    crop, flip, erasing = tf.zeros([0]), tf.constant(1.0), tf.zeros([0])
     if augmentation.crop == "resized_crop":
         crop = tf.random.stateless_uniform([TRIES + 1, 2], crop_key)
     elif augmentation.crop == "shift":
@@ -199,17 +220,19 @@ def random_numbers(key: tf.Tensor, augmentation: Augmentation) -> tuple[tf.Tenso
         crop = tf.random.stateless_uniform([3], crop_key, 0, tf.int32.max, tf.int32)[:2]
     if augmentation.flip:
         flip = tf.random.stateless_uniform([], flip_key)
-    return crop, flip
+    if augmentation.random_erasing:
+        erasing = random_erasing.random_numbers(key)
+    return crop, flip, erasing
 
 
 def draws(
     shape: tf.Tensor,
-    numbers: tuple[tf.Tensor, tf.Tensor],
+    numbers: tuple[tf.Tensor, ...],
     height: int,
     width: int,
     augmentation: Augmentation,
     crop: float,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+) -> tuple[tf.Tensor, ...]:
     """What is drawn for training images, but for RandAugment; the axes of a batch come first.
 
     Args:
@@ -221,9 +244,10 @@ def draws(
         `region`, `window`: what is read and what is shown of the image, see `evaluation_window`; a
         resized crop reads nothing outside of its window; `antialias`: whether the filter grows with
         the window; `shift`: int32 `[..., 2]`, top and left of what is then kept of the padded
-        image, where the crop is `"shift"`; `flip`: whether the image is mirrored.
+        image, where the crop is `"shift"`; `flip`: whether the image is mirrored; `erased`: see
+        `etfzoo.data.random_erasing.erased_window`.
     """
-    crop_numbers, flip_number = numbers
+    crop_numbers, flip_number, erasing_numbers = numbers
     antialias, shift = tf.ones(tf.shape(shape)[:-1], bool), tf.zeros_like(shape)
     if augmentation.crop == "resized_crop":
         region = random_window(shape, crop_numbers, augmentation.min_area)
@@ -236,7 +260,12 @@ def draws(
         shift = crop_numbers % (2 * tf.constant(padding(height, width)) + 1)
     else:
         region, window = evaluation_window(shape, height, width, crop)
-    return region, window, antialias, shift, flip_number < 0.5
+    erased = tf.zeros_like(region)
+    if augmentation.random_erasing:
+        erased = random_erasing.erased_window(
+            erasing_numbers, height, width, augmentation.random_erasing
+        )
+    return region, window, antialias, shift, flip_number < 0.5, erased
 
 
 def padding(height: int, width: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from etfzoo.data.datasets import IMAGENET_STATISTICS
 from etfzoo.errors import EtfzooError, unknown
 
 CROPS = ("resized_crop", "shift", "none")
@@ -23,6 +24,9 @@ class Augmentation:
             training images sharper than those of evaluation.
         flip: whether half of the images are mirrored left to right.
         rand_augment: magnitude of RandAugment's two operations, in 0..10; 0 is none.
+        random_erasing: share of the images of which a rectangle is erased (Zhong et al. 2020), see
+            `etfzoo.data.random_erasing`.
+        mean: colour of what is erased, in 0..255, rounded: the mean pixel of the data set.
     """
 
     crop: str = "resized_crop"
@@ -30,6 +34,8 @@ class Augmentation:
     flip: bool = True
     rand_augment: float = 0.0
     antialias: bool = True
+    random_erasing: float = 0.0
+    mean: tuple[float, ...] = IMAGENET_STATISTICS[0]
 
     def __post_init__(self):
         if self.crop not in CROPS:
@@ -38,3 +44,10 @@ class Augmentation:
             raise EtfzooError(f"min_area must be in (0, 1]; got {self.min_area}")
         if not 0 <= self.rand_augment <= MAX_MAGNITUDE:
             raise EtfzooError(f"rand_augment must be between 0 and 10; got {self.rand_augment}")
+        if not 0 <= self.random_erasing <= 1:
+            raise EtfzooError(f"random_erasing must be between 0 and 1; got {self.random_erasing}")
+
+    @property
+    def erased_pixel(self) -> tuple[int, ...]:
+        """`mean` in whole numbers."""
+        return tuple(round(value) for value in self.mean)

@@ -70,6 +70,10 @@ class LongTailSource(Source):
     def class_descriptions(self):
         return self.source.class_descriptions
 
+    @property
+    def jpegs(self):
+        return self.source.jpegs
+
     def fingerprint(self):
         return self.source.fingerprint() | {"imbalance": self.imbalance}
 

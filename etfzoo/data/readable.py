@@ -17,9 +17,11 @@ from etfzoo.errors import EtfzooError, first_line
 log = logging.getLogger("etfzoo")
 
 
-def why_unreadable(encoded: tf.Tensor) -> str | None:
-    """Why an encoded image cannot be decoded; None where it can."""
+def why_unreadable(encoded: tf.Tensor, jpegs: bool = False) -> str | None:
+    """Why an encoded image cannot be decoded, None where it can; `jpegs`: see `decoding.opened`."""
     try:
+        if jpegs:
+            decoding.opened(encoded, jpegs)
         decoding.decode(encoded)
     except tf.errors.InvalidArgumentError as error:
         return first_line(error)
@@ -44,6 +46,10 @@ class ReadableSource(Source):
     @property
     def class_descriptions(self):
         return self.source.class_descriptions
+
+    @property
+    def jpegs(self):
+        return self.source.jpegs
 
     def size(self, split):
         return self.source.size(split) - len(self._lost(split))
@@ -77,7 +83,7 @@ class ReadableSource(Source):
         lost = {}
         with naming_source(self.name):
             for record in self.source.records(split):
-                reason = why_unreadable(record["image"])
+                reason = why_unreadable(record["image"], self.source.jpegs)
                 if reason is not None:
                     lost[os.fsdecode(record["record"].numpy())] = reason
         size = self.source.size(split)

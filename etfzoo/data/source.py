@@ -108,6 +108,11 @@ class Source:
         """What the class names mean, by class number; None where they speak for themselves."""
         return None
 
+    @property
+    def jpegs(self) -> bool:
+        """Whether the data set says that its images are JPEGs, see `decoding.opened`."""
+        return False
+
     def fingerprint(self) -> dict:
         """What tells the data set from a changed one, at little cost: JSON values by name.
 

@@ -48,6 +48,10 @@ class TfdsSource(Source):
         found = tuple(words.get(name) for name in self.class_names)
         return None if None in found else found
 
+    @property
+    def jpegs(self):
+        return self.builder.info.features[self.image_key].encoding_format == "jpeg"
+
     def fingerprint(self):
         info = self.builder.info
         splits = {

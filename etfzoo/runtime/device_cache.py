@@ -1,9 +1,10 @@
 """A data set that lives on the device, for one that outruns the CPUs beside it. JAX only.
 
 Images are decoded once and kept there as uint8. Each step the host sends what it draws, some bytes
-an image, and the device crops, resizes and mirrors. Order and draws are those of the pipeline on
-the host, and so are the images, but for rounding (some values differ by one level of 255) and at
-the edges of a JPEG's window, whose colours the host blends without the pixels outside of it.
+an image, and the device crops, resizes, mirrors and erases. Order and draws are those of the
+pipeline on the host, and so are the images, but for rounding (some values differ by one level of
+255) and at the edges of a JPEG's window, whose colours the host blends without the pixels outside
+of it.
 """
 
 import logging
@@ -40,8 +41,8 @@ class DeviceCache:
     def __init__(self, pipeline: Pipeline, strategy):
         if pipeline.mixing or pipeline.augmentation.rand_augment:
             raise EtfzooError(
-                "`cache=device` crops, resizes and mirrors only: leave out `mixup`, `cutmix` and "
-                "`rand_augment`, or `cache`"
+                "`cache=device` crops, resizes, mirrors and erases only: leave out `mixup`, "
+                "`cutmix` and `rand_augment`, or `cache`"
             )
         self.pipeline = pipeline
         self.strategy = strategy
@@ -90,8 +91,8 @@ class DeviceCache:
 
         def windows(index, labels):
             shown = augment.evaluation_window(tf.gather(shapes, index), height, width, crop)
-            no = tf.zeros_like(index, bool)
-            return index, *shown, ~no, tf.zeros_like(shown[0][:, :2]) + pad, no, labels
+            no, nothing = tf.zeros_like(index, bool), tf.zeros_like(shown[0])
+            return index, *shown, ~no, nothing[:, :2] + pad, no, nothing, labels
 
         share = self.strategy.share
         records = self.pipeline.evaluation_records(split, share, images=False)
@@ -152,7 +153,7 @@ class DeviceCache:
                 "device: leave out `cache=device`"
             )
 
-    def _make(self, images, index, region, window, antialias, shift, flip):
+    def _make(self, images, index, region, window, antialias, shift, flip, erased):
         """Images uint8 of a batch from what was drawn for it; see `augment.training_image`."""
         height, width, _ = self.pipeline.preprocessing
         pixels = images[index].astype(jnp.float32)
@@ -169,7 +170,14 @@ class DeviceCache:
             pixels = jax.vmap(
                 lambda image, at: lax.dynamic_slice(image, (*at, 0), (height, width, 3))
             )(pixels, shift)
-        return jnp.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
+        pixels = jnp.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
+        if not self.pipeline.augmentation.random_erasing:
+            return pixels
+        y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[:, None]
+        top, left, bottom, right = erased.T[..., None, None, None]
+        inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)
+        fill = jnp.array(self.pipeline.augmentation.erased_pixel, jnp.uint8)
+        return jnp.where(inside, fill, pixels)
 
 
 def _weights(region, window, antialias, size, pixels):

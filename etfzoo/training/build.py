@@ -156,7 +156,13 @@ def make_pipeline(
         model.spec.crop,
         config.batch_size,
         Augmentation(
-            config.augment, config.min_area, config.flip, config.rand_augment, config.antialias
+            config.augment,
+            config.min_area,
+            config.flip,
+            config.rand_augment,
+            config.antialias,
+            config.random_erasing,
+            model.spec.mean,
         ),
         config.seed,
         mixing(config),

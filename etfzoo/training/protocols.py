@@ -159,10 +159,10 @@ PROTOCOLS = {
             "t, which stays below 0.99997 for 300,000 steps; theirs copies the weights while the "
             "rate warms up and then has the full decay); with RandAugment at magnitude 7 (Wightman "
             "et al. 2021, ResNet strikes back, A2) in place of TrivialAugment, and trained and "
-            "evaluated at one size, not at 176 and 224. Neither random erasing and repeated "
-            "augmentation of these sources nor stochastic depth and binary cross-entropy of A2 are "
-            "in etfzoo, and its LAMB is not taken: do not expect their accuracies. Fine-tuning: as "
-            "in standard"
+            "evaluated at one size, not at 176 and 224. Torchvision's random erasing is off "
+            "(`random_erasing=0.1` adds it). Neither repeated augmentation of these sources nor "
+            "stochastic depth and binary cross-entropy of A2 are in etfzoo, and its LAMB is not "
+            "taken: do not expect their accuracies. Fine-tuning: as in standard"
         ),
         pretrain=_CROPS
         | {

@@ -143,6 +143,13 @@ class RegularisationSettings:
         low=0,
         high=MAX_MAGNITUDE,
     )
+    random_erasing: float = setting(
+        "Regularisation",
+        0.0,
+        "share of the images of which a rectangle is erased, e.g. 0.1; 0 is off",
+        low=0,
+        high=1,
+    )
     ema: float = setting(
         "Regularisation",
         0.0,

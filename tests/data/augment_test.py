@@ -430,7 +430,7 @@ def test_pixels_of_a_resized_crop(suffix, antialias):
     kinds = set()
     for n, shown in enumerate(trainer(target, augmentation)(encoded, 60)):
         numbers = augment.random_numbers(tf.constant([0, n]), augmentation)
-        region, window, filtered, _, flip = augment.draws(
+        region, window, filtered, _, flip, _ = augment.draws(
             tf.constant(image.shape[:2]), numbers, target, target, augmentation, CROP
         )
         np.testing.assert_array_equal(region, window)

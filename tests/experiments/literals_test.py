@@ -72,7 +72,7 @@ PLAIN = {
     "train_split": "train", "eval_split": "test", "head": "etf", "norm": "bn", "keep_head": False,
     "feature_norm": "none", "scale": None, "frame": "simplex_etf", "learn_scale": False,
     "guided": False, "projector_layers": 0, "projector_width": None, "projector_kind": "trained",
-    "entropy_weight": 0.0, "random_erasing": 0.0, "optimizer": "sgd", "clip_norm": 0.0,
+    "entropy_weight": 0.0, "optimizer": "sgd", "clip_norm": 0.0,
     "accumulate_steps": 1, "freeze": (), "layer_decay": 1.0, "early_stopping": 0,
     "class_weights": (),
     "initializer": "glorot_uniform", "zero_gamma": False,
@@ -83,8 +83,9 @@ PLAIN = {
     "step_epochs": (30, 60, 90), "step_factor": 0.1, "momentum": 0.9, "nesterov": False,
     "weight_decay": 0.0002, "decay_all": False, "loss": "cross_entropy",
     "logit_adjustment": 0.0, "class_balance": 0.0, "label_smoothing": 0.0, "mixup": 0.0,
-    "cutmix": 0.0, "rand_augment": 0.0, "ema": 0.0, "mixed_precision": "none", "seed": 0,
-    "deterministic": True, "cache": "none", "synchronize_norms": True, "eval_every": 1,
+    "cutmix": 0.0, "rand_augment": 0.0, "random_erasing": 0.0, "ema": 0.0,
+    "mixed_precision": "none", "seed": 0, "deterministic": True, "cache": "none",
+    "synchronize_norms": True, "eval_every": 1,
     "neural_collapse_every": 0, "imbalance": 1.0, "skip_corrupt": False,
 }  # fmt: skip
 KORNBLITH = {

@@ -55,11 +55,14 @@ def check(expected, found):
         off = np.abs(made.astype(int) - images)
         assert off.max() <= 1 and np.mean(off > 0) < 0.02, (off.max(), np.mean(off > 0))
 
-for crop, flip, (height, width) in (
-    ("resized_crop", True, (24, 24)), ("resized_crop", False, (7, 40)),
-    ("shift", True, (32, 24)), ("none", True, (24, 32)),
+for crop, flip, erasing, (height, width) in (
+    ("resized_crop", True, 0.0, (24, 24)), ("resized_crop", False, 0.6, (7, 40)),
+    ("shift", True, 1.0, (32, 24)), ("none", True, 0.0, (24, 32)),
 ):
-    pipeline = Pipeline(source, height, width, 0.875, 4, Augmentation(crop, 0.08, flip), seed=3)
+    augmentation = Augmentation(
+        crop, 0.08, flip, random_erasing=erasing, mean=(250.4, 3.0, 99.6)
+    )
+    pipeline = Pipeline(source, height, width, 0.875, 4, augmentation, seed=3)
     cache = DeviceCache(pipeline, strategy)
     for epoch, start in ((0, 0), (1, 2)):
         expected = pipeline.training("train", epoch, start, share)

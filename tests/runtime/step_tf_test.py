@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 
 import etfzoo
-from etfzoo.runtime.step_tf import Stepper, evaluation_step, repeated
+from etfzoo.runtime.step_tf import Stepper, distribute, evaluation_step, repeated
+from testing import fresh_python
 
 pytestmark = pytest.mark.small_rn18
 
@@ -223,3 +224,51 @@ def test_evaluation_step_top5_of_few_classes_is_always_right():
         tf.random.stateless_normal((7, 6), (0, 1), dtype=tf.float64), tf.zeros(7, tf.int32)
     )
     assert labels.shape == loss.shape == predicted.shape == (7,) and np.all(top5)
+
+
+def test_without_a_gpu_a_data_set_stays_as_it_is():
+    data = tf.data.Dataset.range(3)
+    assert distribute(tf.distribute.get_strategy(), lambda share: data) is data
+
+
+_AHEAD = """
+import keras, numpy as np, tensorflow as tf
+from etfzoo.runtime import step_tf
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+second = tf.config.list_logical_devices("CPU")[1]
+rng = np.random.RandomState(0)
+images = rng.randint(256, size=(30, 8, 8, 3)).astype(np.uint8)
+labels = rng.randint(4, size=30).astype(np.int32)
+data = tf.data.Dataset.from_tensor_slices((images, labels)).batch(7)
+
+def trained(gpus):
+    real = tf.config.list_logical_devices
+    tf.config.list_logical_devices = lambda kind=None: gpus if kind == "GPU" else real(kind)
+    strategy = tf.distribute.get_strategy()
+    found = step_tf.distribute(strategy, lambda share: data)
+    devices = {part.device for batch in found for part in batch}
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    outputs = keras.layers.Dense(4, name="logits")(keras.layers.Flatten()(inputs))
+    model = keras.Model(inputs, outputs)
+    optimizer = keras.optimizers.SGD(1e-4)
+    optimizer.build(model.trainable_variables)
+    stepper = step_tf.Stepper(model, optimizer, strategy, 0.0, jit_compile=False)
+    batches = iter(found)
+    sums = stepper.train(batches, 3).numpy() + stepper.train(batches, 2).numpy()
+    assert sums[2] == 30
+    return devices, [sums, *(np.array(v) for v in model.variables)]
+
+here, wanted = trained([])
+there, found = trained([second])
+assert [name[-5:] for name in (*here, *there)] == ["CPU:0", "CPU:1"], (here, there)
+for one, other in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(one, other)
+"""
+
+
+def test_batches_lie_on_the_device_that_takes_them():
+    # A second device of the CPU stands for the GPU.
+    fresh_python(_AHEAD)

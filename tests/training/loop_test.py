@@ -244,9 +244,9 @@ def test_a_search_of_fewer_epochs_shortens_the_stages(config):
 
 @pytest.fixture(scope="module")
 def regularised(config, tmp_path_factory):
-    """A run with mixup, cutmix, RandAugment and averaged weights, and its configuration."""
+    """A run with all regularisers and averaged weights, and its configuration."""
     workdir = tmp_path_factory.mktemp("regularised")
-    changes = {"mixup": 0.2, "cutmix": 1.0, "rand_augment": 7.0, "ema": 0.8}
+    changes = {"mixup": 0.2, "cutmix": 1.0, "rand_augment": 7.0, "random_erasing": 0.7, "ema": 0.8}
     config = dataclasses.replace(config, **changes, label_smoothing=0.1, epochs=1)
     return workdir, config, loop.train_and_evaluate(config, workdir)
 
@@ -355,7 +355,8 @@ def test_averaged_weights_are_those_that_are_evaluated_and_loaded(regularised):
 
 def test_configurations_written_before_the_regularisers_still_load(finished, config, tmp_path):
     values = json.loads((finished[0] / "config.json").read_text())
-    for name in ("mixup", "cutmix", "rand_augment", "ema", "logit_adjustment", "class_balance"):
+    since = ("mixup", "cutmix", "rand_augment", "random_erasing", "ema")
+    for name in (*since, "logit_adjustment", "class_balance"):
         assert values.pop(name) == 0
     assert values.pop("loss") == "cross_entropy" and values.pop("imbalance") == 1
     (tmp_path / "config.json").write_text(json.dumps(values))

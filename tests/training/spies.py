@@ -96,7 +96,7 @@ def network(calls, side=48):
     model = keras.Model(inputs, keras.layers.Dense(5, name="logits")(x))
     model.spec = types.SimpleNamespace(
         input_shape=(side, side, 3), crop=0.7, num_classes=5, head="linear", guided=False,
-        penultimate="features",
+        penultimate="features", mean=(1.0, 2.0, 3.0),
     )  # fmt: skip
     model.at_size = lambda height, width: calls.note("at_size", height=height) or model
     return model

@@ -64,6 +64,7 @@ ARRIVES = {
     "antialias": {"Augmentation": "antialias"},
     "flip": {"Augmentation": "flip"},
     "rand_augment": {"Augmentation": "rand_augment"},
+    "random_erasing": {"Augmentation": "random_erasing"},
     "batch_size": {"Pipeline": "batch_size"},
     "imbalance": {"long_tailed": "imbalance"},
     "momentum": {"SGD": "momentum"},
@@ -202,6 +203,7 @@ def test_parts_are_handed_on_to_each_other(run):
     assert run.all("build_classifier", "class_names") == [tuple("abcde")]
     (mixing,), (augmentation,) = run.all("Pipeline", "mixing"), run.all("Pipeline", "augmentation")
     assert (mixing.mixup, augmentation.rand_augment) == (0.3, 3.0)
+    assert (augmentation.random_erasing, augmentation.mean) == (0.4, (1.0, 2.0, 3.0))
     assert len(run["use_full_float32"]) == 1  # whitening needs it
 
 

@@ -392,7 +392,7 @@ def test_long_tails_from_one_command(embedded_dir, tmp_path):
     plan = run_recipe("table_longtail", "--dry_run", *flags)
     assert "4 cells: 4 to do" in plan and not root.exists()
     out = run_recipe("table_longtail", *flags)
-    assert "4 cells, 0 finished" in out and "to go] source/rn18_etf_adjusted_im10_s0" in out
+    assert "4 cells, 0 finished" in out and "] source/rn18_etf_adjusted_im10_s0" in out
     lines = json.loads((root / "table_longtail.json").read_text())["lines"]
     assert [line["method"] for line in lines] == ["linear", "etf_adjusted"]
     for line in lines:

@@ -332,6 +332,7 @@ def test_a_step_of_the_whole_network(backbone, activation):
     that there only what is continuous is compared.
     """
     shape = (64, 64, 3)
+    keras.utils.set_random_seed(0)  # the bound is on one network, not on the worst of all
     model = etfzoo.build_classifier(backbone, 5, "linear", input_shape=shape)
     exact = etfzoo.build_classifier(backbone, 5, "linear", input_shape=shape, dtype="float64")
     exact.set_weights(model.get_weights())

@@ -2,8 +2,10 @@
 
   python benchmarks/torch_step.py --rounds=5 --torch_python=PATH
   python benchmarks/torch_step.py --precision=bfloat16 --compile --torch_python=PATH
+  python benchmarks/torch_step.py --device=gpu --precision=bfloat16 --torch_python=PATH
 
-One thread, CPU seconds, medians over rounds in which the two take turns. Both: 1000 classes,
+One thread, CPU seconds (`--device=gpu`: wall time; both keep memory on the GPU), medians over
+rounds in which the two take turns. Both: 1000 classes,
 uint8 pixels in, forward, backward, L2 1e-4 and SGD with momentum, the stride in the first 1x1
 convolution of a block. bfloat16 is Keras's mixed_bfloat16 here and autocast there. torch is no
 dependency, so it may live in another interpreter.
@@ -15,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 
 import numpy as np
 from taking_turns import Worker, cpu_seconds, load_tensorflow, medians, serve
@@ -29,6 +32,15 @@ def examples(size, batch):
     return images, rng.randint(1000, size=batch)
 
 
+def measure(device, work):
+    """Seconds of a step, which ends when its loss is known."""
+    if device == "cpu":
+        return cpu_seconds(work)
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def serve_etfzoo(folder):
     tf = load_tensorflow()
     import keras
@@ -37,7 +49,12 @@ def serve_etfzoo(folder):
     from etfzoo.runtime import step_tf
 
     with open(f"{folder}/settings.json") as file:
-        precision = json.load(file)["precision"]
+        settings = json.load(file)
+    precision, device = settings["precision"], settings["device"]
+    gpus = tf.config.list_physical_devices("GPU")
+    if device == "gpu" and not gpus:
+        return print("missing")
+    tf.config.set_visible_devices(gpus[:1] if device == "gpu" else [], "GPU")
     dtype = "float32" if precision == "float32" else f"mixed_{precision}"
     works = {}
     for size, batch in STEPS:
@@ -47,10 +64,10 @@ def serve_etfzoo(folder):
         stepper = step_tf.Stepper(model, optimizer, tf.distribute.get_strategy(), 1e-4)
         images, labels = examples(size, batch)
         data = tf.data.Dataset.from_tensors((images, labels.astype(np.int32))).repeat()
-        batches = iter(data)
+        batches = iter(step_tf.distribute(tf.distribute.get_strategy(), lambda _, d=data: d))
         stepper.train(batches).numpy()
         works[f"etfzoo {size}"] = lambda s=stepper, b=batches: s.train(b).numpy()
-    serve(tf.__version__, lambda case: cpu_seconds(works[case]))
+    serve(tf.__version__, lambda case: measure(device, works[case]))
 
 
 def torch_resnet50(torch):
@@ -93,20 +110,23 @@ def serve_torch(folder):
         return print("missing")
     with open(f"{folder}/settings.json") as file:
         settings = json.load(file)
+    device = {"cpu": "cpu", "gpu": "cuda"}[settings["device"]]
+    if device == "cuda" and not torch.cuda.is_available():
+        return print("missing")
     torch.set_num_threads(1)
-    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1) for v in (MEAN, STD))
     low = settings["precision"] == "bfloat16"
     works = {}
     for size, batch in STEPS:
-        model = torch_resnet50(torch).to(memory_format=torch.channels_last)
+        model = torch_resnet50(torch).to(device, memory_format=torch.channels_last)
         run = torch.compile(model) if settings["compile"] else model
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-        images, labels = (torch.from_numpy(x) for x in examples(size, batch))
+        images, labels = (torch.from_numpy(x).to(device) for x in examples(size, batch))
         images = images.permute(0, 3, 1, 2)  # channels last in memory, as they come
 
         def step(run=run, optimizer=optimizer, images=images, labels=labels):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            with torch.autocast(device, torch.bfloat16, enabled=low):
                 logits = run((images.float() - mean) / std)
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
             loss.backward()
@@ -115,7 +135,7 @@ def serve_torch(folder):
 
         step()
         works[f"torch {size}"] = step
-    serve(torch.__version__, lambda case: cpu_seconds(works[case]))
+    serve(torch.__version__, lambda case: measure(settings["device"], works[case]))
 
 
 def main():
@@ -124,6 +144,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--torch_python", default=sys.executable, help="interpreter with PyTorch")
     parser.add_argument("--child", choices=children, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -134,11 +155,17 @@ def main():
         cpu = re.search(r"model name\s*: (.*)|$", info.read())[1]
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/settings.json", "w") as file:
-            json.dump({"precision": args.precision, "compile": args.compile}, file)
+            names = ("precision", "compile", "device")
+            json.dump({name: getattr(args, name) for name in names}, file)
         etfzoo = Worker(__file__, "serve_etfzoo", folder)
         torch = Worker(__file__, "serve_torch", folder, args.torch_python)
+        if etfzoo.version == "missing":
+            sys.exit("TensorFlow sees no GPU; measure with --device=cpu")
         if torch.version == "missing":
-            sys.exit(f"{args.torch_python} has no torch; name another with --torch_python")
+            sys.exit(
+                f"{args.torch_python} has no torch, or it sees no GPU; name another with "
+                "--torch_python"
+            )
         print(
             f"{cpu}, {os.cpu_count()} cores, TensorFlow {etfzoo.version}, torch {torch.version}"
             f"{', compiled' if args.compile else ''}, {args.precision}",
@@ -147,8 +174,9 @@ def main():
         for size, batch in STEPS:
             ours, theirs = medians({"etfzoo": etfzoo, "torch": torch}, size, args.rounds).values()
             print(
-                f"rn50, {size} px, batch {batch}: etfzoo {ours:.0f} CPU ms a step, torch "
-                f"{theirs:.0f}, ratio {ours / theirs:.3f}",
+                f"rn50, {size} px, batch {batch}: etfzoo {ours:.1f} "
+                f"{'CPU ms' if args.device == 'cpu' else 'ms'} a step, torch "
+                f"{theirs:.1f}, ratio {ours / theirs:.3f}",
                 flush=True,
             )
 

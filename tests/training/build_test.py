@@ -24,7 +24,7 @@ def continued(start, names=CLASS_NAMES, **changes):
         "pictures", init="x", keep_head=True, image_size=SIDE, head=start.spec.head, seed=9
     )
     config = dataclasses.replace(config, **changes)
-    return build.make_model(config, source, lambda: start)
+    return build.make_model(config, source, lambda: weights.StoredModel.of(start))
 
 
 @pytest.mark.parametrize("head", ["etf", "linear"])

@@ -165,14 +165,14 @@ def test_a_frame_that_is_kept_with_its_head():
     start = make_classifier("etf", guided=True)
     turned = np.asarray(start.get_layer("logits").kernel).T @ frames.haar_frame(32, 32, 5)
     start.get_layer("logits").kernel.assign(turned.T)
+    stored = weights.StoredModel.of(start)
     for guided in (False, True):  # as what else belongs to the head
-        kept = build.make_model(dataclasses.replace(config, guided=guided), source, lambda: start)
+        kept = build.make_model(dataclasses.replace(config, guided=guided), source, lambda: stored)
         assert kept.spec.guided
         np.testing.assert_array_equal(kept.get_layer("logits").kernel, turned.T.astype("float32"))
     with pytest.raises(EtfzooError, match="an ETF that stays as it is: leave out `guided`"):
-        build.make_model(
-            dataclasses.replace(config, guided=True), source, lambda: make_classifier("etf")
-        )
+        stored = weights.StoredModel.of(make_classifier("etf"))
+        build.make_model(dataclasses.replace(config, guided=True), source, lambda: stored)
 
 
 class Extracted:

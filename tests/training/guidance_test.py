@@ -211,7 +211,7 @@ def test_a_run_behind_a_projector(config, tmp_path, kind):
         config, init="x", initializer="glorot_uniform", zero_gamma=False, epochs=1, ema=0.0,
         projector_layers=1, projector_kind=kind, feature_norm="none", entropy_weight=0.05,
     )  # fmt: skip
-    loop.train_and_evaluate(config, tmp_path, lambda: start)
+    loop.train_and_evaluate(config, tmp_path, lambda: weights.StoredModel.of(start))
     model = etfzoo.load(tmp_path)
     assert model.spec.projector_kind == kind and model.spec.guided
     kernel = np.asarray(model.get_layer("logits").kernel)

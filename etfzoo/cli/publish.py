@@ -26,7 +26,6 @@ from etfzoo.models.table import STORAGES
 
 def main():
     import etfzoo
-    from etfzoo.training import publish_run
     from etfzoo.zoo import index, push
 
     again = FLAGS.push and not (FLAGS.workdir or FLAGS.model)
@@ -37,7 +36,7 @@ def main():
     index.check_name(FLAGS.name)
     if FLAGS.push:
         push.check_address(FLAGS.push)
-    folder = _there() if again else _publish(publish_run.publish_run)
+    folder = _there() if again else _publish()
     if not again:
         _tell(folder)
     if FLAGS.push:
@@ -63,7 +62,9 @@ def _tell(folder):
     print(f"next: python -c {shlex.quote(code)}")
 
 
-def _publish(publish_run):
+def _publish():
+    from etfzoo.training.publish_run import publish_run
+
     return publish_run(
         FLAGS.workdir or FLAGS.model,
         FLAGS.name,

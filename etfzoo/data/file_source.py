@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow as tf
@@ -128,7 +128,7 @@ def file_source(
         row=Dataset("", len(numbers), train="train", fit="fit", select="select", test="test"),
         class_names=tuple(numbers),
         root=root,
-        files=_complete_splits(numbered),
+        files=complete_splits(numbered, _hold_out),
     )
 
 
@@ -137,24 +137,30 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _complete_splits(found) -> dict:
-    """Adds what is missing: a fixed share of each class, chosen by the hash of the file's name.
+def complete_splits(found: Mapping, hold_out: Callable) -> dict:
+    """The splits `train`, `test` and, where it can be, `fit` and `select`, of those that exist.
 
-    The choice is the same on every machine and does not depend on the other classes.
+    Args:
+        found: examples by split: `train`, and maybe `val` and `test`. `val` is to select on, and
+            to test on where there is no `test`.
+        hold_out: `(examples, share) -> (kept, held out)`, that share of each class.
+
+    Raises:
+        EtfzooError: nothing to test on.
     """
     splits = dict(found)
     if "test" not in splits:
         if "val" in splits:
             splits["test"] = splits.pop("val")
         else:
-            splits["train"], splits["test"] = _hold_out(splits["train"], 0.2)
+            splits["train"], splits["test"] = hold_out(splits["train"], 0.2)
     if "val" in splits:
         splits["fit"], splits["select"] = splits["train"], splits["val"]
     else:
-        fit, select = _hold_out(splits["train"], 0.1)
-        if select:
+        fit, select = hold_out(splits["train"], 0.1)
+        if len(select):
             splits["fit"], splits["select"] = fit, select
-    if not splits["test"]:
+    if not len(splits["test"]):
         raise EtfzooError(
             "no class has two images, so none can be held out for testing: add images, or train/ "
             "and test/ folders"
@@ -163,6 +169,7 @@ def _complete_splits(found) -> dict:
 
 
 def _hold_out(items, share):
+    """By the hash of a file's name: the same on every machine, whatever the other classes are."""
     by_class = {}
     for path, label in items:
         by_class.setdefault(label, []).append(path)

@@ -16,12 +16,11 @@ import tensorflow as tf
 
 from etfzoo import files
 from etfzoo.data.datasets import Dataset
-from etfzoo.data.file_source import SPLITS
+from etfzoo.data.file_source import SPLITS, complete_splits
 from etfzoo.data.source import KEYS, Source
 from etfzoo.errors import EtfzooError, extra, first_line
 
 _CHUNK, _AHEAD = 16, max(8, os.cpu_count() or 1)  # records a call of Python, calls at a time
-_HELD_OUT = {"test": 0.2, "select": 0.1}  # of a split that has to give them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,36 +238,28 @@ def _parts(name, splits, labels, num_classes):
         split: np.arange(end - splits[split], end, dtype=np.int64)
         for split, end in zip(splits, ends.tolist(), strict=True)
     }
-    validation = next((split for split in SPLITS["val"] if split in parts), None)
-    select = parts.get(validation)
-    if "test" not in parts:
-        if select is not None:
-            parts["test"], select = select, None
-        else:
-            parts["train"], parts["test"] = _hold_out(parts["train"], labels, "test")
-    parts["fit"], parts["select"] = (
-        _hold_out(parts["train"], labels, "select") if select is None else (parts["train"], select)
-    )
+    spelled = {
+        role: parts[split] for role, names in SPLITS.items() for split in names if split in parts
+    }
+    parts |= complete_splits(spelled, lambda numbers, share: _hold_out(numbers, labels, share))
     counts = np.bincount(labels[parts["train"]], minlength=num_classes)
     if num_classes < 2 or not counts.all():
         raise EtfzooError(
             f"data set {name} needs at least two classes, each with training images; of its "
             f"{num_classes}, {int((counts == 0).sum())} have none"
         )
-    if not len(parts["test"]):
-        raise EtfzooError(f"no class of data set {name} has two images: none can be held out")
     return parts
 
 
-def _hold_out(numbers, labels, role):
+def _hold_out(numbers, labels, share):
     """Numbers that stay and that are held out, a share of each class that leaves one at least."""
     labels = labels[numbers]
     order = np.lexsort((np.random.RandomState(0).permutation(len(labels)), labels))
     counts = np.bincount(labels)
     rank = np.empty(len(labels), np.int64)
     rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    share = np.maximum(1, np.round(_HELD_OUT[role] * counts).astype(int))
-    held = rank < np.minimum(share, counts - 1)[labels]
+    most = np.maximum(1, np.round(share * counts).astype(int))
+    held = rank < np.minimum(most, counts - 1)[labels]
     return numbers[~held], numbers[held]
 
 

@@ -208,7 +208,7 @@ def test_a_file_that_is_gone_is_named(tmp_path, monkeypatch):
         (lambda: {"train": table(6).remove_columns("image")}, "no column of images"),
         (lambda: {"train": table(6, lambda n: 0)}, "of its 3, 2 have none"),
         (lambda: {"train": table(6), "test": table(6, lambda n: -1)}, "examples without a label"),
-        (lambda: {"train": table(3)}, "no class .* has two images"),
+        (lambda: {"train": table(3)}, "no class has two images"),
         (
             lambda: {"train": table(6, lambda n: "ab"[n % 2]), "test": table(6, lambda n: "c")},
             "labels that its training split lacks: c",

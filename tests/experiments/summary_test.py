@@ -345,24 +345,30 @@ def test_a_sweep_of_long_tails(made, tmp_path):
     assert {path for path in after if after[path] != before[path]} == {lost}
 
 
+def variants(root):
+    """Figures by method of a table of two variants, which are those of the cells."""
+    table = json.loads((root / "table_variants.json").read_text())
+    lines = {line["method"]: line["figures"] for line in table["lines"]}
+    assert list(lines) == ["linear", "etf_projector1"]
+    for method, figures in lines.items():
+        name = f"rn18_{method}_s0"
+        for mode in ("full", "linear_probe"):
+            top1 = Workdir(root / "digits" / name / mode).read_result()["top1"]
+            assert figures[f"digits/{mode}"]["mean"] == top1
+        source = Workdir(root / "source" / name).read_result()
+        assert figures["nc1"]["mean"] == source["nc/train/nc1"]
+        assert figures["source"]["mean"] == source["top1"]
+        assert 0 <= figures["ece"]["mean"] <= 1
+    return lines
+
+
 @pytest.mark.slow
 def test_a_sweep_of_variants(made, tmp_path):
     flags = ["--methods=linear,etf_projector1", "--targets=digits"]
     flags += ["--source_learning_rate=0.01", "--learning_rate=0.01", "--finetune_epochs=1"]
     flags += ["--finetune_batch_size=50"]
     made("table_variants", *flags, "--ood_datasets=digits")
-    path = tmp_path / "a/table_variants.json"
-    lines = {row["method"]: row["figures"] for row in json.loads(path.read_text())["lines"]}
-    assert list(lines) == ["linear", "etf_projector1"]
-    for method, figures in lines.items():
-        name = f"rn18_{method}_s0"
-        for mode in ("full", "linear_probe"):
-            top1 = Workdir(tmp_path / "a/digits" / name / mode).read_result()["top1"]
-            assert figures[f"digits/{mode}"]["mean"] == top1
-        source = Workdir(tmp_path / "a/source" / name).read_result()
-        assert figures["nc1"]["mean"] == source["nc/train/nc1"]
-        assert figures["source"]["mean"] == source["top1"]
-        assert 0 <= figures["ece"]["mean"] <= 1
+    for figures in variants(tmp_path / "a").values():
         assert figures["ood/digits/neco"]["mean"] == pytest.approx(0.5)  # the same images
     # A further data set of other things: what is trained stays.
     before = unchanged(tmp_path)
@@ -371,7 +377,7 @@ def test_a_sweep_of_variants(made, tmp_path):
     assert "8 cells, 6 finished" in out
     after = unchanged(tmp_path)
     assert {p.parent.name for p in after if after[p] != before[p]} == {"evaluate"}
-    found = json.loads(path.read_text())["lines"][0]["figures"]
+    found = variants(tmp_path / "a")["linear"]
     assert 0 <= found[f"ood/folder:{photos}/msp"]["mean"] <= 1
 
 
@@ -436,20 +442,8 @@ def test_variants_from_one_command(embedded_dir, tmp_path):
     flags += ["--source_learning_rate=0.01", "--learning_rate=0.01", "--finetune_epochs=1"]
     flags += ["--methods=linear,etf_projector1"]
     run_recipe("table_variants", *flags)
-    lines = {
-        line["method"]: line["figures"]
-        for line in json.loads((root / "table_variants.json").read_text())["lines"]
-    }
-    assert list(lines) == ["linear", "etf_projector1"]
-    for method, figures in lines.items():
-        name = f"rn18_{method}_s0"
-        for mode in ("full", "linear_probe"):
-            top1 = Workdir(root / "digits" / name / mode).read_result()["top1"]
-            assert figures[f"digits/{mode}"]["mean"] == top1
-        source = Workdir(root / "source" / name).read_result()
-        assert figures["nc1"]["mean"] == source["nc/train/nc1"]
-        assert figures["source"]["mean"] == source["top1"]
-        assert 0 <= figures["ece"]["mean"] <= 1
+    lines = variants(root)
+    for figures in lines.values():
         assert 0 <= figures["ood/shapes/textures/neco"]["mean"] <= 1
     # A further stranger: what is trained stays.
     before = unchanged(root)
@@ -457,6 +451,6 @@ def test_variants_from_one_command(embedded_dir, tmp_path):
     assert "8 cells, 6 finished" in out
     after = unchanged(root)
     assert {p.parent.name for p in after if after[p] != before[p]} == {"evaluate"}
-    found = json.loads((root / "table_variants.json").read_text())["lines"][0]["figures"]
+    found = variants(root)["linear"]
     assert 0 <= found["ood/digits/msp"]["mean"] <= 1
     assert found["ood/shapes/textures/msp"] == lines["linear"]["ood/shapes/textures/msp"]

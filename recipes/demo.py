@@ -1,4 +1,4 @@
-"""The whole of etfzoo in some five minutes on two CPU cores, without any download."""
+"""The whole of etfzoo in three to five minutes on two CPU cores, without any download."""
 
 import recipe
 

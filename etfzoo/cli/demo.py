@@ -1,4 +1,4 @@
-"""The whole of etfzoo in two or three minutes on two CPU cores, without any download.
+"""The whole of etfzoo in three to five minutes on two CPU cores, without any download.
 
 Pretrains a ResNet18 with a fixed ETF classifier and with a trainable one on drawn shapes,
 fine-tunes both on line drawings and on scanned digits, compares them there, also frozen (k nearest

@@ -108,7 +108,7 @@ def opened(encoded: tf.Tensor, jpegs: bool = False):
     size = tf.cast(tf.image.extract_jpeg_shape(jpeg)[:2], tf.int64)
     size = tf.where(is_jpeg, size, header.size_of_png())
     scans = _passes(tf.strings.substr(jpeg, 0, _searched(jpeg, size)))
-    size = _bearable(tf.concat([size, [scans]], 0))
+    size = _within_limits(tf.concat([size, [scans]], 0))
     with tf.control_dependencies([size]):  # before anything is decoded
         jpeg, png = tf.identity(jpeg), tf.identity(png)
 
@@ -158,7 +158,7 @@ def _size_and_passes(encoded, always=False):
 
     Passes are 1 where they need not be counted, unless they are `always`.
     """
-    return _bearable(
+    return _within_limits(
         tf.cond(
             tf.io.is_jpeg(encoded),
             lambda: _size_of_jpeg(encoded, always),
@@ -167,19 +167,19 @@ def _size_and_passes(encoded, always=False):
     )
 
 
-def _bearable(size):
-    """Height, width and passes, int64 `[3]`, where they are safe to decode."""
+def _within_limits(size):
+    """Height, width and passes, int64 `[3]`, where they are allowed."""
     limit = max_pixels()
     height, width, scans = found = tf.unstack(size)
     # Divided, as products of 64 bits may overflow.
-    bearable = (tf.minimum(height, width) > 0) & (height <= limit // tf.maximum(width, 1))
-    bearable &= scans <= limit * _SCANS // tf.maximum(height * width, 1)
+    allowed = (tf.minimum(height, width) > 0) & (height <= limit // tf.maximum(width, 1))
+    allowed &= scans <= limit * _SCANS // tf.maximum(height * width, 1)
     message = f"are its height, width and passes: more than {limit} pixels, or none"
-    return _checked(size, bearable, found, message)
+    return _checked(size, allowed, found, message)
 
 
 def check_request(images: tf.Tensor) -> tf.Tensor:
-    """The encoded images of a request themselves, if all of them together are safe to decode.
+    """The encoded images of a request themselves, if all of them together are allowed.
 
     Args:
         images: strings `[N]`.

@@ -152,6 +152,8 @@ NOT_RUN = {
     "KERAS_BACKEND=jax python recipes/table1.py --source=tiny_imagenet *": GPU,
     "python recipes/figure2.py --model=runs/t1_*": HOURS,
     "python recipes/figure3.py --models=runs/t1_*": HOURS,
+    "python recipes/finetune.py --model=runs/table1_small/*": HOURS,
+    "python recipes/figure3.py --models=runs/fig3/*": HOURS,
     "python recipes/benchmark.py --backbone=rn50 *": MEASURED,
     "python benchmarks/*": MEASURED,
     "mkdir -p runs/t1_cifar10": HOURS,
